@@ -1,0 +1,1 @@
+"""The use cases: catalogue, identification, planning, patching, evaluation, auditing, reporting."""

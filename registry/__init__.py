@@ -1,0 +1,1 @@
+"""The SQL record: schema, sessions, ledger, artifact store. Knows nothing of torch."""

@@ -1,0 +1,33 @@
+"""What can be wrong with the registry, the ledger and the artifact store."""
+
+from neuronledger import NeuronLedgerError
+
+
+class RegistryError(NeuronLedgerError):
+    """The database cannot be used: missing, of another schema, or not writable."""
+
+
+class RegistryBusyError(NeuronLedgerError):
+    """Somebody else holds the registry or the head that this change was planned on."""
+
+    exit_code = 3
+
+
+class RecordNotFoundError(NeuronLedgerError):
+    """No record of that name."""
+
+
+class RecordExistsError(NeuronLedgerError):
+    """A record of that name is there already."""
+
+
+class NeuronProtectedError(NeuronLedgerError):
+    """A neuron that an applied patch already claims was to be claimed again."""
+
+    exit_code = 1
+
+
+class ArtifactError(NeuronLedgerError):
+    """An artifact is missing, or its content does not have its digest."""
+
+    exit_code = 1
