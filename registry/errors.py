@@ -27,6 +27,16 @@ class NeuronProtectedError(NeuronLedgerError):
     exit_code = 1
 
 
+class ClaimError(NeuronLedgerError):
+    """A claim on a module or a neuron that the lineage's subject does not have."""
+
+    exit_code = 1
+
+
+class LedgerError(NeuronLedgerError):
+    """An event that has no canonical form, or a change that the append-only ledger refuses."""
+
+
 class ArtifactError(NeuronLedgerError):
     """An artifact is missing, or its content does not have its digest."""
 

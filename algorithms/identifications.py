@@ -1,0 +1,168 @@
+"""What an FGSN identification found, and how it is stored: its tensors and a JSON summary of the rest."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from algorithms.errors import SettingsError
+from algorithms.layers import LayerScore
+from algorithms.operations import ModuleStatistics
+from algorithms.settings import FgsnSettings
+
+_MODULE_TENSORS = ("scores", "benign_scores", "ranks", "selected", "benign_overlap", "already_protected")
+_GROUP_TENSORS = ("input_norms", "directions")
+_FIGURES = (
+    "linear_parameters",
+    "selected_parameters",
+    "harmful_tokens",
+    "benign_tokens",
+    "overlap",
+    "rank_correlation",
+)
+
+
+@dataclass(frozen=True)
+class ModuleIdentification:
+    """What was found in one module in scope.
+
+    Attributes:
+        module: canonical name of the module.
+        input_group: name of the first module with the same input; modules of a group share norms and directions.
+        scores: (out,) float32, the score that the harmful ranking used.
+        benign_scores: (out,) float32, the same kind of score on benign prompts; None when the score has no such side.
+        ranks: (out,) int64, position in the harmful ranking from 0 (inside the module, or over all modules).
+        selected: (n,) int64 ascending, the rows chosen, those that are already protected included.
+        benign_overlap: (m,) int64 ascending, rows of the harmful top set dropped because they are in the benign one.
+        already_protected: (p,) int64 ascending, the selected rows that were protected when the run began.
+        overlap: share of the harmful top set that is in the benign top set too; None without a benign side.
+        rank_correlation: Spearman's correlation of harmful and benign scores; None without a benign side.
+        input_norms: (in,) float32 norms ‖x_j‖ on harmful prompts, when the operation needs them.
+        directions: (in, r) float32 leading orthonormal input directions, when the operation needs them.
+    """
+
+    module: str
+    input_group: str
+    scores: Tensor
+    benign_scores: Tensor | None
+    ranks: Tensor
+    selected: Tensor
+    benign_overlap: Tensor
+    already_protected: Tensor
+    overlap: float | None
+    rank_correlation: float | None
+    input_norms: Tensor | None
+    directions: Tensor | None
+
+    @property
+    def statistics(self) -> ModuleStatistics:
+        """What `edit_rows` needs of the calibration run."""
+        return ModuleStatistics(self.input_norms, self.directions)
+
+
+@dataclass(frozen=True)
+class Identification:
+    """One run that found the neurons of a dimension.
+
+    Attributes:
+        settings: the settings of the run.
+        layer_scores: one entry per block of the model, in order.
+        modules: the modules in scope, in the order of the architecture table; modules with nothing selected included.
+        unreached: linear modules in the blocks and kinds in scope that a LoRA subject has no adapter on, so that
+            nothing can be changed there.
+        linear_parameters: number of entries of all linear modules of the model.
+        selected_parameters: number of entries of the selected rows.
+        harmful_tokens: harmful tokens that the statistics counted; 0 for scores without a forward pass.
+        benign_tokens: the same for benign tokens.
+        overlap: share of all harmful top sets that is in the benign top sets too; None without a benign side.
+        rank_correlation: Spearman's correlation over all modules in scope (ranking all) or the mean of the modules'
+            (ranking module); None without a benign side.
+    """
+
+    settings: FgsnSettings
+    layer_scores: tuple[LayerScore, ...]
+    modules: tuple[ModuleIdentification, ...]
+    unreached: tuple[str, ...]
+    linear_parameters: int
+    selected_parameters: int
+    harmful_tokens: int
+    benign_tokens: int
+    overlap: float | None
+    rank_correlation: float | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by a name that safetensors can store; `summary` holds the rest.
+
+        Names are `KIND/MODULE` with KIND out of scores, benign_scores, ranks, selected, benign_overlap and
+        already_protected, and `KIND/INPUT_GROUP` with KIND out of input_norms and directions.
+        """
+        found: dict[str, Tensor] = {}
+        for part in self.modules:
+            for kind in _MODULE_TENSORS:
+                _store(found, f"{kind}/{part.module}", getattr(part, kind))
+            for kind in _GROUP_TENSORS:
+                _store(found, f"{kind}/{part.input_group}", getattr(part, kind))
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """Everything that is no tensor, ready for JSON."""
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "layer_scores": [asdict(layer) for layer in self.layer_scores],
+            "modules": [
+                {
+                    "module": part.module,
+                    "input_group": part.input_group,
+                    "overlap": part.overlap,
+                    "rank_correlation": part.rank_correlation,
+                }
+                for part in self.modules
+            ],
+            "unreached": list(self.unreached),
+            **{name: getattr(self, name) for name in _FIGURES},
+        }
+
+    @classmethod
+    def from_parts(cls, summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Identification":
+        """The identification that `summary` and `tensors` came from.
+
+        Raises:
+            SettingsError: an entry or a tensor is missing, or the settings are not valid.
+        """
+        try:
+            return cls(
+                settings=FgsnSettings.model_validate(summary["settings"]),
+                layer_scores=tuple(LayerScore(**layer) for layer in summary["layer_scores"]),
+                modules=tuple(_module_from_parts(entry, tensors) for entry in summary["modules"]),
+                unreached=tuple(summary["unreached"]),
+                **{name: summary[name] for name in _FIGURES},
+            )
+        except (KeyError, TypeError, ValidationError) as broken:
+            raise SettingsError(
+                f"A stored identification cannot be read ({broken})", "Identify again with this version"
+            ) from broken
+
+
+def _store(tensors: dict[str, Tensor], name: str, value: Tensor | None) -> None:
+    if value is not None and name not in tensors:
+        tensors[name] = value.contiguous()
+
+
+def _module_from_parts(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModuleIdentification:
+    module, group = str(entry["module"]), str(entry["input_group"])
+    return ModuleIdentification(
+        module=module,
+        input_group=group,
+        scores=tensors[f"scores/{module}"],
+        benign_scores=tensors.get(f"benign_scores/{module}"),
+        ranks=tensors[f"ranks/{module}"],
+        selected=tensors[f"selected/{module}"],
+        benign_overlap=tensors[f"benign_overlap/{module}"],
+        already_protected=tensors[f"already_protected/{module}"],
+        overlap=entry["overlap"],
+        rank_correlation=entry["rank_correlation"],
+        input_norms=tensors.get(f"input_norms/{group}"),
+        directions=tensors.get(f"directions/{group}"),
+    )

@@ -1,0 +1,253 @@
+"""The operator C = V Vᵀ / N on the output side of a module, V = W_a − W_0, without ever forming it.
+
+V's columns span the directions in output space that alignment moved; C M keeps of M's columns what lies along them.
+N is a recorded choice (`Normalization`); whatever it is, C is scaled down when its largest eigenvalue exceeds 1, so
+that the operator never expands. Sources: SafeLoRA 2405.16833 (N = ‖V‖_F), FGSN 2508.09190 (N undefined there).
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from algorithms.differences import BLOCK_BYTES, Difference, factored_core
+from algorithms.settings import Normalization
+from algorithms.weights import row_blocks
+
+RowReader = Callable[[slice | Tensor], Tensor]
+
+_LANCZOS_STEPS = 60
+_LANCZOS_TOLERANCE = 1e-8
+# Lanczos approaches the largest eigenvalue from below.
+_CLAMP_MARGIN = 1.0 + 1e-6
+
+
+class SafetyProjection:
+    """C = V Vᵀ / N for one module; symmetric, positive semidefinite, and λ_max(C) ≤ 1 when clamped.
+
+    Args:
+        V: safety directions, (out, in).
+        normalization: what N is. `orthogonal` makes C the projector on the leading left singular vectors of V.
+        energy: share of ‖V‖_F² that those singular vectors hold (`orthogonal` only).
+        clamp: scale C by min(1, 1/λ_max). SafeLoRA as published does not.
+    """
+
+    def __init__(self, V: Difference, normalization: Normalization, energy: float = 0.9, *, clamp: bool = True) -> None:
+        self.V = V
+        self.basis: Tensor | None = None
+        self.scale = 0.0  # 1/N after clamping; 0 where V = 0, so that C = 0
+        norm = V.norm()
+        if norm == 0.0:
+            return
+        if normalization == "orthogonal":
+            self.basis = _left_singular_vectors(V, energy)
+            self.scale = 1.0
+            return
+        outputs, inputs = V.shape
+        divisor = {"fro": norm, "numel": float(outputs * inputs), "in": float(inputs)}[normalization]
+        # λ_max(C) = σ_max(V)²/N ≤ ‖V‖_F²/N: the cheap bound often settles it.
+        if clamp and norm**2 > divisor:
+            divisor = max(divisor, largest_singular_value(V) ** 2 * _CLAMP_MARGIN)
+        self.scale = 1.0 / divisor
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether C = 0, because the aligned model equals the base in this module."""
+        return self.scale == 0.0
+
+    def of(self, matrix: RowReader, columns: int) -> "ProjectedMatrix":
+        """C M for a matrix M of which rows can be read.
+
+        Args:
+            matrix: gives rows of M, float32 (n, columns); M has as many rows as V.
+            columns: number of columns of M.
+        """
+        return ProjectedMatrix(self, matrix, columns)
+
+
+class ProjectedMatrix:
+    """Rows of C M, each computed when asked for: (C M)_i = V_i (Vᵀ M) / N.
+
+    Depending on the shapes, either the small matrix that V_i is multiplied with is kept, or V and M are streamed for
+    every block of rows; no (out, out) or (in, in) matrix is formed.
+    """
+
+    def __init__(self, projection: SafetyProjection, matrix: RowReader, columns: int) -> None:
+        self._projection = projection
+        self._matrix = matrix
+        self._columns = columns
+        self._right: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of C M, float32 (n, columns)."""
+        C = self._projection
+        if C.is_zero:
+            return torch.zeros(len(index), self._columns)
+        if C.basis is None and C.V.factors() is None and 2 * self._columns > min(C.V.shape):
+            return self._streamed(index)
+        if self._right is None:
+            self._right = self._right_factor()
+        return self._left(index) @ self._right
+
+    def _left(self, index: slice | Tensor) -> Tensor:
+        C = self._projection
+        if C.basis is not None:
+            return C.basis[index]
+        factors = C.V.factors()
+        return C.V.rows(index) if factors is None else factors[0][index]
+
+    def _right_factor(self) -> Tensor:
+        """The matrix S with C M = left · S: U_cᵀ M, or (R Rᵀ)(Lᵀ M)/N for V = L R, or Vᵀ M/N."""
+        C = self._projection
+        total: Tensor | None = None
+        for block in self._blocks():
+            part = self._left(block).T @ self._matrix(block)
+            total = part if total is None else total.add_(part)
+        if total is None:
+            return torch.zeros(0, self._columns)
+        factors = C.V.factors()
+        if C.basis is None and factors is not None:
+            total = (factors[1] @ factors[1].T) @ total
+        return total * C.scale
+
+    def _streamed(self, index: Tensor) -> Tensor:
+        C = self._projection
+        rows = C.V.rows(index)
+        total = torch.zeros(len(index), self._columns)
+        for block in self._blocks():
+            total.addmm_(rows @ C.V.rows(block).T, self._matrix(block))
+        return total.mul_(C.scale)
+
+    def _blocks(self) -> Iterator[slice]:
+        return row_blocks(self._projection.V.module, BLOCK_BYTES)
+
+
+def largest_singular_value(V: Difference) -> float:
+    """σ_max(V): exact for a factored V, else by Lanczos on VᵀV with full reorthogonalisation (one pass per step)."""
+    factors = V.factors()
+    if factors is not None:
+        return float(torch.linalg.matrix_norm(factored_core(*factors), ord=2)) if factors[0].shape[1] else 0.0
+    generator = torch.Generator().manual_seed(0)
+    vectors = [_unit(torch.randn(V.shape[1], dtype=torch.float64, generator=generator))]
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    estimate = 0.0
+    for _ in range(min(_LANCZOS_STEPS, V.shape[1])):
+        image = torch.zeros(V.shape[1], dtype=torch.float64)
+        for _block, rows in V.blocks():
+            rows64 = rows.double()
+            image += rows64.T @ (rows64 @ vectors[-1])
+        diagonal.append(float(image @ vectors[-1]))
+        basis = torch.stack(vectors)
+        for _repeat in range(2):
+            image = image - basis.T @ (basis @ image)
+        previous, estimate = estimate, _largest_ritz_value(diagonal, off_diagonal)
+        remainder = float(image.norm())
+        if remainder <= 1e-12 * estimate or abs(estimate - previous) <= _LANCZOS_TOLERANCE * estimate:
+            break
+        off_diagonal.append(remainder)
+        vectors.append(image / remainder)
+    return float(max(estimate, 0.0) ** 0.5)
+
+
+def _largest_ritz_value(diagonal: list[float], off_diagonal: list[float]) -> float:
+    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    if off_diagonal:
+        beside = torch.tensor(off_diagonal, dtype=torch.float64)
+        tridiagonal = tridiagonal + torch.diag(beside, 1) + torch.diag(beside, -1)
+    return float(torch.linalg.eigvalsh(tridiagonal)[-1])
+
+
+def _left_singular_vectors(V: Difference, energy: float) -> Tensor:
+    """Orthonormal U_c (out, c): the fewest leading left singular vectors of V with `energy` of ‖V‖_F²; float32.
+
+    A dense V costs one Gram matrix of its smaller side (float64) and its eigenvectors.
+    """
+    factors = V.factors()
+    if factors is not None:
+        left = torch.linalg.qr(factors[0].double())
+        U, S, _ = torch.linalg.svd(left.R @ factors[1].double(), full_matrices=False)
+        leading: Tensor = left.Q @ U[:, : _leading(S.square(), energy)]
+        return leading.float()
+    outputs, inputs = V.shape
+    if outputs <= inputs:
+        squares, vectors = _descending(*torch.linalg.eigh(_row_gram(V)))
+        return vectors[:, : _leading(squares, energy)].float()
+    gram = torch.zeros(inputs, inputs, dtype=torch.float64)
+    for _, rows in V.blocks():
+        rows64 = rows.double()
+        gram.addmm_(rows64.T, rows64)
+    squares, vectors = _descending(*torch.linalg.eigh(gram))
+    right = vectors[:, : _leading(squares, energy)]
+    images = torch.cat([rows.double() @ right for _, rows in V.blocks()])
+    orthonormal: Tensor = torch.linalg.qr(images).Q
+    return orthonormal.float()
+
+
+def _row_gram(V: Difference) -> Tensor:
+    gram = torch.zeros(V.shape[0], V.shape[0], dtype=torch.float64)
+    for above, rows in V.blocks():
+        for below, others in V.blocks():
+            if below.start <= above.start:
+                product = rows.double() @ others.double().T
+                gram[above, below] = product
+                gram[below, above] = product.T
+    return gram
+
+
+def _descending(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    return values.flip(0).clamp_min(0.0), vectors.flip(1)
+
+
+def _leading(squares: Tensor, energy: float) -> int:
+    """How many of the descending squared singular values hold the share; those lost in rounding never count."""
+    rounding = squares[0] * len(squares) * torch.finfo(torch.float32).eps ** 2
+    usable = int((squares > rounding).sum())
+    shares = squares.cumsum(0) / squares.sum()
+    return min(usable, int((shares < energy - 1e-12).sum()) + 1)
+
+
+def leading_directions(second_moment: Tensor, count: int) -> Tensor:
+    """The leading eigenvectors of a Gram matrix, with signs fixed so that the same matrix gives the same vectors.
+
+    Args:
+        second_moment: symmetric positive semidefinite (in, in).
+        count: how many; fewer are returned where the matrix has a lower rank.
+
+    Returns:
+        Q, float32 (in, r), orthonormal columns, largest eigenvalue first. Exact for small matrices; above 2,048
+        columns by subspace iteration from a fixed start.
+    """
+    if second_moment.shape[0] <= _EXACT_EIGENVECTORS:
+        values, vectors = torch.linalg.eigh(second_moment.double())
+        values, vectors = _descending(values, vectors)
+    else:
+        values, vectors = _subspace_iteration(second_moment, count)
+    usable = int((values > values[0] * second_moment.shape[0] * torch.finfo(torch.float32).eps).sum())
+    vectors = vectors[:, : min(count, usable)]
+    largest = vectors.abs().argmax(dim=0)
+    signs = torch.sign(vectors[largest, torch.arange(vectors.shape[1])])
+    return (vectors * signs).float().contiguous()
+
+
+_EXACT_EIGENVECTORS = 2048
+_SUBSPACE_STEPS = 60
+
+
+def _subspace_iteration(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    width = min(matrix.shape[0], 2 * count + 16)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(matrix.shape[0], width, generator=generator).to(matrix)).Q
+    trace = 0.0
+    for _ in range(_SUBSPACE_STEPS):
+        vectors, triangle = torch.linalg.qr(matrix @ vectors)
+        before, trace = trace, float(triangle.diagonal()[:count].abs().sum())
+        if abs(trace - before) <= 1e-7 * trace:
+            break
+    small_values, small = torch.linalg.eigh((vectors.T @ (matrix @ vectors)).double())
+    small_values, small = _descending(small_values, small)
+    return small_values, vectors.double() @ small
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return vector / float(vector.norm())

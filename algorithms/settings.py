@@ -1,0 +1,271 @@
+"""Every decision of an FGSN run as one validated, recordable settings model, and the presets built from it.
+
+Where the sources are silent or disagree (methods page), the choice is a field here and not a constant in the code, so
+that an identification can always say what produced it.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from algorithms.errors import SettingsError
+
+Score = Literal["damage", "wanda", "activation", "contrast", "update-norm", "random"]
+Operation = Literal["restore", "project", "complement", "subspace"]
+Normalization = Literal["fro", "numel", "in", "orthogonal"]
+ModelRole = Literal["aligned", "head"]
+
+TOKEN_KINDS = ("prompt", "header", "answer")
+SCORES_WITHOUT_FORWARD_PASS: frozenset[Score] = frozenset({"update-norm", "random"})
+FULL_TARGET_STRENGTH = 0.2
+_BLOCK_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+class FgsnSettings(BaseModel):
+    """Settings of one FGSN identification and of the projection planned from it.
+
+    Raises:
+        SettingsError: two fields contradict each other. A single field of the wrong type or range raises
+            pydantic's ValidationError; `fgsn_settings` turns that into a SettingsError too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # --- which neurons
+    score: Score = Field(
+        "damage",
+        description="What a neuron is ranked by: the energy that the update adds to its output on harmful inputs "
+        "(damage), Wanda importance, mean activation, contrast of activations, or a control (update-norm, random).",
+    )
+    damage_baseline: Literal["none", "minus", "over"] = Field(
+        "none", description="Whether damage on benign inputs is subtracted from, or divides, damage on harmful inputs."
+    )
+    update: Literal["subject", "head"] = Field(
+        "subject",
+        description="Whose update (difference from the aligned model) damage and update-norm measure: the subject as "
+        "fine-tuning left it, or the lineage's head, in which rows already restored show no damage.",
+    )
+    selection: Literal["difference", "budget"] = Field(
+        "budget",
+        description="Take the top harmful share minus the top benign share of neurons (difference), or fill by rank "
+        "until a share of the linear parameters is reached (budget).",
+    )
+    ranking: Literal["module", "all"] = Field(
+        "all", description="Rank neurons inside each module, or over all modules in scope at once."
+    )
+    harmful_share: float = Field(
+        0.4, gt=0, le=1, description="Share q of neurons taken from the top of the harmful ranking (difference)."
+    )
+    benign_share: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share p of neurons at the top of the benign ranking that are left alone (difference); it also "
+        "defines the top set whose overlap with the selection is reported.",
+    )
+    budget: float = Field(
+        0.10, gt=0, le=1, description="Share of the parameters of all linear modules that may be selected (budget)."
+    )
+    layers: str = Field(
+        "all",
+        description="Blocks in scope: all, window (largest growth of the harmful-benign gap), value (largest gap), "
+        "or an inclusive range first..last counted from 0.",
+    )
+    window: int | None = Field(
+        None, ge=1, description="Width of the window in blocks; left out, it is max(1, round(6·L/32)) for L blocks."
+    )
+    layer_pairs: int = Field(500, ge=1, description="Random prompt pairs averaged for each angle of the layer curve.")
+    modules: tuple[str, ...] = Field(
+        (), description="Kinds of module in scope, such as q_proj and down_proj; empty means every linear module."
+    )
+
+    # --- what is measured
+    tokens: str = Field(
+        "header+answer",
+        description="Tokens that the statistics count: prompt, header (chat template between prompt and answer), "
+        "answer, or several joined by +.",
+    )
+    answer_tokens: int = Field(12, ge=1, description="How many tokens of each calibration answer count.")
+    statistics_model: ModelRole = Field(
+        "aligned", description="Model that the calibration prompts run through: the aligned one or the lineage's head."
+    )
+    prompts: int = Field(160, ge=2, description="Most prompts of each set that are used for calibration.")
+    batch_size: int = Field(8, ge=1, description="Prompts per forward pass.")
+    gram_dtype: Literal["float32", "float64"] = Field(
+        "float32", description="Precision in which input Gram matrices are accumulated."
+    )
+    gram_memory_gib: float = Field(
+        16.0, gt=0, description="Memory in GiB that input Gram matrices may take; a run that needs more is refused."
+    )
+    seed: int = Field(0, ge=0, description="Seed of every random draw of the run.")
+
+    # --- what is done to them
+    operation: Operation = Field(
+        "restore",
+        description="What happens to the update of a selected row: dropped (restore), replaced by its projection on "
+        "the safety directions (project), reduced by it (complement), or cleared of the leading directions of harmful "
+        "inputs (subspace).",
+    )
+    strength: float = Field(
+        1.0, ge=0, le=1, description="Share c of the operation that is applied; 1 by default, 0.2 for target full."
+    )
+    normalization: Normalization = Field(
+        "fro",
+        description="Divisor N of the projection V·Vᵀ/N: the Frobenius norm of V (fro, SafeLoRA's), its number of "
+        "entries (numel), its input width (in), or the orthogonal projector on its leading left singular vectors.",
+    )
+    energy: float = Field(
+        0.9, gt=0, le=1, description="Share of the squared singular values of V that the orthogonal projector keeps."
+    )
+    directions: int = Field(
+        16, ge=1, description="Number of leading input directions that the subspace operation removes."
+    )
+    target: Literal["update", "full"] = Field(
+        "update",
+        description="Whether the projection acts on the update W_t − W_a or, as one reading of the paper has it, on "
+        "the full weight W_t.",
+    )
+    entries: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the entries inside the selected rows that may change, the most damaged first; left out, "
+        "whole rows change.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_strength(cls, values: Any) -> Any:
+        """A projection of full weights shrinks whole rows, so it is gentle unless its strength is given."""
+        if isinstance(values, Mapping) and values.get("target") == "full" and values.get("strength") is None:
+            return {**values, "strength": FULL_TARGET_STRENGTH}
+        return values
+
+    @field_validator("tokens")
+    @classmethod
+    def _known_tokens(cls, value: str) -> str:
+        parts = {part.strip() for part in value.split("+")}
+        if not parts <= set(TOKEN_KINDS):
+            unknown = ", ".join(sorted(repr(part) for part in parts - set(TOKEN_KINDS)))
+            raise SettingsError(
+                f"tokens = {value!r} names {unknown}", "Join any of prompt, header and answer with +, as header+answer"
+            )
+        return "+".join(kind for kind in TOKEN_KINDS if kind in parts)
+
+    @field_validator("layers")
+    @classmethod
+    def _known_layers(cls, value: str) -> str:
+        value = value.strip()
+        found = _BLOCK_RANGE.fullmatch(value)
+        if value not in {"all", "window", "value"} and not (found and int(found[1]) <= int(found[2])):
+            raise SettingsError(
+                f"layers = {value!r} names no set of blocks", "Use all, window, value or a range such as 10..15"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.score == "update-norm" and self.selection == "difference" and self.benign_share > 0:
+            raise SettingsError(
+                "score update-norm has no benign side to subtract",
+                "Use selection = budget, or set benign_share to 0",
+            )
+        if self.damage_baseline != "none" and self.score != "damage":
+            raise SettingsError(
+                f"damage_baseline = {self.damage_baseline} has no meaning for score {self.score}",
+                "Use score = damage, or set damage_baseline to none",
+            )
+        if self.target == "full" and self.operation != "project":
+            raise SettingsError(
+                f"target full has no meaning for operation {self.operation}",
+                "Use operation = project, or target = update",
+            )
+        return self
+
+    @property
+    def token_kinds(self) -> frozenset[str]:
+        """The kinds of token that the statistics count."""
+        return frozenset(self.tokens.split("+"))
+
+    @property
+    def block_range(self) -> tuple[int, int] | None:
+        """First and last block of an explicit range, both included; None for the named scopes."""
+        found = _BLOCK_RANGE.fullmatch(self.layers)
+        return (int(found[1]), int(found[2])) if found else None
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the second moments of the inputs are needed: for damage scores or for input directions."""
+        return self.score == "damage" or self.operation == "subspace"
+
+    @property
+    def needs_input_norms(self) -> bool:
+        """Whether the norms ‖x_j‖ of the inputs are needed: for Wanda scores or to rank entries."""
+        return self.score == "wanda" or self.entries is not None
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether the outputs of the modules are measured."""
+        return self.score in {"activation", "contrast"}
+
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences that a user should read before a run with these settings; empty when there is none."""
+        found: list[str] = []
+        if self.target == "full":
+            found.append(
+                f"target full moves {self.strength:.0%} of every selected row towards its projection; the projection "
+                "shrinks rows by orders of magnitude and can collapse a large model."
+            )
+        if self.score in {"wanda", "activation"} and self.selection == "difference":
+            found.append(
+                f"score {self.score} ranks neurons almost alike on harmful and benign prompts; read the reported "
+                "overlap, and compare with the random-control preset at the same share."
+            )
+        return tuple(found)
+
+
+PRESETS: Mapping[str, FgsnSettings] = {
+    "default": FgsnSettings(),
+    # q and p are second-hand (q ≫ p). These two, in a window of 6/32 of the blocks, give the 5 % of parameters that
+    # the paper reports for Llama-3.1-8B: 0.19 of the blocks × 0.87 linear × about a third of the neurons.
+    "fgsn-paper": FgsnSettings(
+        score="wanda",
+        selection="difference",
+        ranking="module",
+        harmful_share=0.4,
+        benign_share=0.1,
+        layers="window",
+        tokens="prompt",
+        statistics_model="head",
+        operation="project",
+        normalization="fro",
+        target="update",
+    ),
+    "random-control": FgsnSettings(score="random"),
+}
+
+
+def fgsn_settings(preset: str = "default", overrides: Mapping[str, Any] | None = None) -> FgsnSettings:
+    """Settings of a preset with some fields replaced.
+
+    Args:
+        preset: a key of `PRESETS`.
+        overrides: field names and values (strings are converted as pydantic converts them).
+
+    Raises:
+        SettingsError: no such preset or field, a value out of range, or fields that contradict each other.
+    """
+    if preset not in PRESETS:
+        raise SettingsError(f"there is no preset {preset!r}", f"Use one of {', '.join(sorted(PRESETS))}")
+    chosen = PRESETS[preset].model_dump(exclude_unset=True) | dict(overrides or {})
+    try:
+        return FgsnSettings.model_validate(chosen)
+    except ValidationError as invalid:
+        first = invalid.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise SettingsError(
+            f"setting {name}: {first['msg']} (got {first.get('input')!r})",
+            "Correct it; the reference page of the settings lists every field with its range",
+        ) from invalid

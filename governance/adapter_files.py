@@ -1,0 +1,183 @@
+"""The files of a patched LoRA adapter, composed from the subject's adapter and the applied patches.
+
+What an adapter is at a head depends on nothing but the subject and its applied patches in sequence: lora_A is
+[A_t ; E₁ ; E₂ …] with each extension once, lora_B the subject's rows with zeros under the extensions, and claimed rows
+are those of their patch. So applying, reverting in any order and recovering are one computation, and with no patch
+left it is the subject, byte for byte. An adapter is small: its file is written whole and renamed.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from algorithms.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, LoraModule
+from algorithms.checkpoints import read_stored
+from algorithms.safetensors_files import read_header
+from governance.patch_artifact import PatchArtifact
+from governance.tensor_file import TensorFileWriter, TensorSpec
+from neuronledger import NeuronLedgerError
+
+
+class AdapterScaleError(NeuronLedgerError):
+    """A scale that the adapter's configuration cannot hold once the rank has grown."""
+
+
+@dataclass(frozen=True)
+class ComposedAdapter:
+    """The content of an adapter's two files.
+
+    Attributes:
+        tensors: every tensor by name, in the dtype of the subject's adapter.
+        config: content of adapter_config.json.
+        metadata: `__metadata__` of the subject's file.
+        unchanged: no patch is applied, so the files are copies of the subject's.
+    """
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    unchanged: bool
+
+
+def compose_adapter(subject: Adapter, artifacts: Sequence[PatchArtifact]) -> ComposedAdapter:
+    """Compute the adapter at the head that `artifacts`, in sequence order, lead to.
+
+    Raises:
+        AdapterScaleError: the grown rank has no alpha that gives the same scale in PEFT's arithmetic.
+    """
+    tensors = {name: read_stored(subject.path, stored) for name, stored in _in_file_order(subject)}
+    metadata = read_header(subject.path / ADAPTER_WEIGHTS).metadata or {}
+    config: dict[str, Any] = json.loads((subject.path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    grown: dict[str, int] = {}
+    for name, lora in subject.modules.items():
+        touching = [artifact for artifact in artifacts if artifact.module(name) is not None]
+        if not touching:
+            continue
+        A, B = _compose_module(tensors[lora.a_tensor], tensors[lora.b_tensor], name, touching)
+        tensors[lora.a_tensor], tensors[lora.b_tensor] = A, B
+        if A.shape[0] != lora.rank:
+            grown[name] = A.shape[0]
+    if grown:
+        config = _with_ranks(config, subject, grown)
+    return ComposedAdapter(tensors, config, metadata, unchanged=not artifacts)
+
+
+def write_adapter(composed: ComposedAdapter, subject: Adapter, working: Path) -> None:
+    """Write an adapter's files whole: temporary file, flush, rename.
+
+    Raises:
+        OSError: a file cannot be written; the files that were there are still there.
+    """
+    weights = ADAPTER_WEIGHTS
+    if composed.unchanged:
+        _replace(working / weights, (subject.path / weights).read_bytes())
+        _replace(working / ADAPTER_CONFIG, (subject.path / ADAPTER_CONFIG).read_bytes())
+        return
+    temporary = working / f".{weights}.writing"
+    temporary.unlink(missing_ok=True)
+    specs = [
+        TensorSpec(name, subject.tensors[name].dtype, tuple(tensor.shape)) for name, tensor in composed.tensors.items()
+    ]
+    with TensorFileWriter(temporary, specs, composed.metadata) as writer:
+        for name, tensor in composed.tensors.items():
+            writer.put(name, tensor)
+    temporary.chmod((working / weights).stat().st_mode if (working / weights).exists() else 0o644)
+    temporary.replace(working / weights)
+    _replace(working / ADAPTER_CONFIG, config_bytes(composed, subject))
+
+
+def config_bytes(composed: ComposedAdapter, subject: Adapter) -> bytes:
+    """Return adapter_config.json as it is written: the subject's own bytes while no rank has grown."""
+    original = (subject.path / ADAPTER_CONFIG).read_bytes()
+    if json.loads(original) == composed.config:
+        return original
+    return (json.dumps(composed.config, indent=2) + "\n").encode()
+
+
+def _in_file_order(subject: Adapter) -> list[tuple[str, Any]]:
+    return sorted(subject.tensors.items(), key=lambda item: item[1].begin)
+
+
+def _compose_module(A: Tensor, B: Tensor, name: str, artifacts: Sequence[PatchArtifact]) -> tuple[Tensor, Tensor]:
+    rank = A.shape[0]
+    placed: list[tuple[int, PatchArtifact]] = []
+    for artifact in artifacts:
+        extension = artifact.extension(name)
+        if extension is None:
+            placed.append((A.shape[0], artifact))
+            continue
+        position = _find_rows(A, extension)
+        if position is None:
+            position = A.shape[0]
+            A = torch.cat([A, extension])
+        placed.append((position, artifact))
+    wide = torch.zeros(B.shape[0], A.shape[0], dtype=B.dtype)
+    wide[:, :rank] = B
+    for position, artifact in placed:
+        rows, new = artifact.rows(name), artifact.values(name, "new")
+        wide[rows, :rank] = new[:, :rank]
+        wide[rows, position : position + new.shape[1] - rank] = new[:, rank:]
+    return A.contiguous(), wide
+
+
+def _find_rows(A: Tensor, sought: Tensor) -> int | None:
+    """Return where `sought` stands in A as consecutive rows, so that patches share an extension."""
+    for start in range(A.shape[0] - sought.shape[0] + 1):
+        if torch.equal(A[start : start + sought.shape[0]], sought):
+            return start
+    return None
+
+
+def _with_ranks(config: dict[str, Any], subject: Adapter, grown: Mapping[str, int]) -> dict[str, Any]:
+    """Enter the grown ranks, and alphas that keep every scale; full module names come before the user's patterns."""
+    ranks = {_pattern(name): rank for name, rank in grown.items()}
+    alphas = {
+        _pattern(name): _alpha(subject.modules[name], rank, rslora=bool(config.get("use_rslora")))
+        for name, rank in grown.items()
+    }
+    return {
+        **config,
+        "rank_pattern": {**ranks, **(config.get("rank_pattern") or {})},
+        "alpha_pattern": {**alphas, **(config.get("alpha_pattern") or {})},
+    }
+
+
+def _pattern(name: str) -> str:
+    return re.escape(name)
+
+
+def _alpha(lora: LoraModule, rank: int, *, rslora: bool) -> float:
+    divisor = math.sqrt(rank) if rslora else rank
+    alpha = lora.scale * divisor
+    candidates = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    for candidate in candidates:
+        if candidate / divisor == lora.scale:
+            return candidate
+    raise AdapterScaleError(
+        f"no lora_alpha gives {lora.name} the scale {lora.scale!r} at rank {rank}",
+        "merge the adapter into a full checkpoint and register that as the subject",
+    )
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        temporary.chmod(path.stat().st_mode)
+    temporary.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,268 @@
+"""Auditing: what was recorded, and whether record, artifacts, claims and weights still agree."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from algorithms.adapters import ADAPTER_CONFIG
+from algorithms.errors import CheckpointError
+from governance.lineage_state import Recorded, recorded_state
+from governance.patch_artifact import open_artifact
+from governance.weight_state import changed_files
+from governance.working_files import measure_working
+from governance.workspace import Workspace
+from neuronledger import NeuronLedgerError
+from registry import claims, ledger, queries
+from registry.errors import ArtifactError
+from registry.heads import Head, check_ledger
+from registry.schema import Lineage, Model, Patch
+
+
+@dataclass(frozen=True)
+class EventSummary:
+    """One ledger event with its payload as an object."""
+
+    sequence: int
+    created_at: str
+    actor: str
+    action: str
+    subject_kind: str
+    subject_name: str
+    payload: dict[str, Any]
+    hash: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that does not agree: what was checked, which record or file, and what is wrong."""
+
+    check: str
+    subject: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of `audit verify`: how many of each were checked, what was not, and every finding."""
+
+    checked: dict[str, int]
+    not_checked: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def verified(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+
+def audit_log(
+    workspace: Workspace, *, actions: tuple[str, ...] = (), actor: str | None = None, subject: str | None = None
+) -> list[EventSummary]:
+    """Return the ledger's events in order, filtered by action prefix, actor or subject name."""
+    with workspace.registry.read() as session:
+        return [
+            EventSummary(
+                sequence=event.sequence,
+                created_at=event.created_at,
+                actor=event.actor,
+                action=event.action,
+                subject_kind=event.subject_kind,
+                subject_name=event.subject_name,
+                payload=json.loads(event.payload),
+                hash=event.hash,
+            )
+            for event in ledger.events(session)
+            if (not actions or event.action.startswith(actions))
+            and (actor is None or event.actor == actor)
+            and (subject is None or event.subject_name == subject)
+        ]
+
+
+def verify(workspace: Workspace, *, weights: bool = False, lineage: str | None = None) -> Verification:
+    """Check the ledger against its exported heads, artifacts against digests, claims against artifacts, and files.
+
+    Args:
+        workspace: the registry.
+        weights: hash every file of models and working checkpoints, and every tensor of the latter.
+        lineage: check the records of this lineage only; the ledger is always checked whole.
+
+    Raises:
+        RecordNotFoundError: no lineage of that name.
+    """
+    findings: list[Finding] = []
+    checked: dict[str, int] = {}
+    with workspace.registry.read() as session:
+        heads = workspace.registry.heads.read()
+        events = list(ledger.events(session))
+        findings += [
+            Finding("ledger", f"event {violation.sequence}" if violation.sequence else "ledger", violation.problem)
+            for violation in check_ledger(heads, events)
+        ]
+        if events and not any(isinstance(head, Head) for head in heads):
+            findings.append(Finding("ledger", str(workspace.registry.heads.path), "the exported heads are missing"))
+        checked |= {"events": len(events), "exported heads": len(heads)}
+        lineages = [queries.get_lineage(session, lineage)] if lineage else list(queries.list_lineages(session))
+        findings += _check_artifacts(workspace, session, lineages, checked)
+        for record in lineages:
+            findings += _check_claims(workspace, session, record, checked)
+            findings += _check_states(session, record, events)
+            findings += _check_working(record, checked, weights=weights)
+        models = _models(session, lineages if lineage else None)
+        for model in models:
+            findings += [
+                Finding("model", model.name, problem)
+                for problem in changed_files(Path(model.path), model.files, always_hash=weights)
+            ]
+        checked["models"] = len(models)
+    not_checked = [] if weights else ["file contents whose size and time are as recorded (pass --weights)"]
+    return Verification(checked, tuple(not_checked), tuple(findings))
+
+
+def _models(session: Session, lineages: list[Lineage] | None) -> list[Model]:
+    if lineages is None:
+        return list(queries.list_models(session))
+    found = {
+        model.id: model
+        for lineage in lineages
+        for direct in (lineage.subject, lineage.aligned, lineage.base)
+        for model in (direct, direct.base_model)
+        if model is not None
+    }
+    return list(found.values())
+
+
+def _check_artifacts(
+    workspace: Workspace, session: Session, lineages: list[Lineage], checked: dict[str, int]
+) -> list[Finding]:
+    wanted: dict[str, str] = {}
+    for lineage in lineages:
+        for patch in queries.list_patches(session, lineage.id):
+            if patch.artifact_digest:
+                wanted[patch.artifact_digest] = f"patch {patch.sequence} of {lineage.name}"
+            if patch.identification.artifact_digest:
+                wanted[patch.identification.artifact_digest] = f"identification {patch.identification_id}"
+    for prompt_set in queries.prompt_sets(session):
+        wanted.setdefault(prompt_set.digest, f"{prompt_set.purpose} prompts of {prompt_set.source}")
+    findings = []
+    for digest, subject in wanted.items():
+        try:
+            workspace.store.verify(digest)
+        except ArtifactError as error:
+            findings.append(Finding("artifact", subject, error.problem))
+    checked["artifacts"] = len(wanted)
+    return findings
+
+
+def _check_claims(
+    workspace: Workspace, session: Session, lineage: Lineage, checked: dict[str, int]
+) -> Iterator[Finding]:
+    """Every claim is a row of its patch's artifact, and every row of an applied patch is claimed."""
+    names = {number: name for name, number in queries.module_ids(session, lineage.subject_id).items()}
+    held: dict[int, set[tuple[str, int]]] = {}
+    for module_id, neurons in claims.protected(session, lineage.id).items():
+        for neuron, patch_id in neurons.items():
+            held.setdefault(patch_id, set()).add((names[module_id], neuron))
+    applied = queries.applied_patches(session, lineage.id)
+    for patch in applied:
+        claimed = held.pop(patch.id, set())
+        checked["protected neurons"] = checked.get("protected neurons", 0) + len(claimed)
+        try:
+            rows = _artifact_rows(workspace.store.path(patch.artifact_digest or ""))
+        except NeuronLedgerError:
+            continue  # named by the check of artifacts
+        for module, neuron in sorted(claimed ^ rows)[:5]:
+            what = "claimed, but not in its artifact" if (module, neuron) in claimed else "written, but not claimed"
+            yield Finding(
+                "claims", f"patch {patch.sequence} of {lineage.name}", f"neuron {neuron} of {module} is {what}"
+            )
+    for patch_id, orphans in held.items():
+        yield Finding("claims", lineage.name, f"{len(orphans)} neurons are claimed by patch id {patch_id}, not applied")
+    checked["patches applied"] = checked.get("patches applied", 0) + len(applied)
+
+
+def _artifact_rows(path: Path) -> set[tuple[str, int]]:
+    with open_artifact(path) as artifact:
+        return {(module.name, row) for module in artifact.modules for row in artifact.rows(module.name).tolist()}
+
+
+def _check_states(session: Session, lineage: Lineage, events: list[ledger.Event]) -> Iterator[Finding]:
+    """What the ledger says became of each patch is what its record says, and the head's digest with it."""
+    last: dict[int, tuple[str, dict[str, Any]]] = {}
+    digest: str | None = None
+    for event in events:
+        if event.subject_kind != "lineage" or event.subject_name != lineage.name:
+            continue
+        payload = json.loads(event.payload)
+        if event.action.startswith("patch.") and "patch" in payload:
+            last[payload["patch"]] = (event.action, payload)
+        for key in ("state_digest", "digest_after"):
+            if event.action in _MOVES_HEAD and key in payload:
+                digest = payload[key]
+    for patch in queries.list_patches(session, lineage.id):
+        action, payload = last.get(patch.sequence, ("", {}))
+        if _STATE_AFTER.get(action) != patch.state:
+            yield Finding(
+                "records",
+                f"patch {patch.sequence} of {lineage.name}",
+                f"its record says {patch.state}, the ledger's last event {action or 'nothing'}",
+            )
+        yield from _compare_patch(lineage, patch, payload)
+    if digest is not None and digest != lineage.state_digest:
+        yield Finding("records", f"lineage {lineage.name}", "its digest is not that of the ledger's last change")
+
+
+def _compare_patch(lineage: Lineage, patch: Patch, payload: dict[str, Any]) -> Iterator[Finding]:
+    recorded = {
+        "artifact": patch.artifact_digest or "",
+        "digest_before": patch.digest_before,
+        "digest_after": patch.digest_after,
+        "neurons_modified": patch.neurons_modified,
+        "neurons_selected": patch.neurons_selected,
+        "parameters_modified": patch.parameters_modified,
+        "dimension": patch.dimension.name,
+    }
+    if patch.state != "applied":
+        return
+    for name, value in recorded.items():
+        if name in payload and payload[name] != value:
+            yield Finding(
+                "records",
+                f"patch {patch.sequence} of {lineage.name}",
+                f"its record has {name} = {value}, the ledger {payload[name]}",
+            )
+
+
+def _check_working(lineage: Lineage, checked: dict[str, int], *, weights: bool) -> Iterator[Finding]:
+    working = Path(lineage.working_path)
+    for problem in changed_files(working, lineage.files, always_hash=weights):
+        yield Finding("weights", f"lineage {lineage.name}", problem)
+    if not weights:
+        return
+    recorded: Recorded = recorded_state(lineage)
+    try:
+        measured = measure_working(working, recorded)
+    except (CheckpointError, FileNotFoundError) as error:
+        yield Finding("weights", f"lineage {lineage.name}", str(error))
+        return
+    for name, tensor in recorded.tensors.items():
+        found = measured.tensors.get(name)
+        if found is None or found.sha256 != tensor.sha256:
+            yield Finding("weights", f"lineage {lineage.name}", f"tensor {name} is not what was recorded")
+    checked["tensors"] = checked.get("tensors", 0) + len(measured.tensors)
+    followed = len(measured.files) - any(file.file == ADAPTER_CONFIG for file in measured.files)
+    checked["weight files"] = checked.get("weight files", 0) + followed
+
+
+_MOVES_HEAD = frozenset({"lineage.created", "patch.applied", "patch.reverted", "patch.undone", "patch.revert-undone"})
+_STATE_AFTER = {
+    "patch.applying": "applying",
+    "patch.applied": "applied",
+    "patch.undone": "rejected",
+    "patch.reverting": "reverting",
+    "patch.reverted": "reverted",
+    "patch.revert-undone": "applied",
+}

@@ -1,0 +1,432 @@
+"""The catalogue: models, safety dimensions and lineages are registered, checked and listed here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from algorithms.adapters import is_adapter
+from algorithms.weights import AdapterWeights, CheckpointWeights, open_weights, require_pair
+from governance.errors import InputError, PromptSetError
+from governance.prompt_sets import PromptSet, PromptSource, read_prompt_set, require_disjoint
+from governance.weight_state import WeightState, measure_state, require_finite_weights, require_unchanged
+from governance.working_checkpoint import create_working_checkpoint, discard_working_checkpoint
+from governance.workspace import Workspace
+from registry import claims, queries
+from registry.schema import (
+    Lineage,
+    LineageFile,
+    LineageTensor,
+    Model,
+    ModelFile,
+    ModelModule,
+    ModelTensor,
+    Purpose,
+    Role,
+    SafetyDimension,
+)
+from registry.schema import PromptSet as PromptSetRecord
+
+WeightSources = CheckpointWeights | AdapterWeights
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A registered model, as lists and `--json` show it."""
+
+    name: str
+    role: str
+    kind: str
+    path: str
+    base: str | None
+    architecture: str
+    parameters: int
+    linear_parameters: int
+    modules: int
+    neurons: int
+    state_digest: str
+    created_at: datetime
+    actor: str
+
+
+@dataclass(frozen=True)
+class DimensionSummary:
+    """A registered safety dimension with the sizes of its prompt sets by purpose."""
+
+    name: str
+    description: str
+    prompts: dict[str, int]
+    dropped: dict[str, int]
+    digests: dict[str, str]
+    created_at: datetime
+    actor: str
+
+
+@dataclass(frozen=True)
+class LineageSummary:
+    """A lineage: its models, its working checkpoint, its head and what is protected."""
+
+    name: str
+    subject: str
+    aligned: str
+    base: str
+    working_path: str
+    head: int | None
+    applied_patches: int
+    protected_neurons: int
+    state_digest: str
+    created_at: datetime
+
+
+def register_model(workspace: Workspace, name: str, path: Path, role: Role, base: str | None = None) -> ModelSummary:
+    """Check a checkpoint or a LoRA adapter and record it with the digest of every tensor and file.
+
+    Args:
+        workspace: where to record.
+        name: unused name for the model.
+        path: directory of safetensors files, or of a PEFT LoRA adapter.
+        role: `base`, `aligned`, `subject` or `reference`.
+        base: for an adapter, the name of the registered checkpoint that it adapts.
+
+    Raises:
+        RecordExistsError: the name is taken.
+        NeuronLedgerError: the directory cannot be read safely or is of a kind that is not reached.
+    """
+    with workspace.attempt("model.register", "model", name):
+        directory = path.expanduser().resolve()
+        adapter = is_adapter(directory)
+        with workspace.registry.read() as session:
+            queries.require_absent(session, Model, name)
+            base_record = _adapter_base(session, name, adapter, base)
+            base_path = Path(base_record.path) if base_record else None
+            base_id = base_record.id if base_record else None
+            if base_record:
+                require_unchanged(base_record)
+        weights = open_weights(directory, base_path)
+        require_finite_weights(weights)
+        state = measure_state(weights, workspace.progress)
+        record = _model_record(name, role, directory, base_id, weights, state)
+        record.actor = workspace.actor
+        record.created_at = workspace.clock()
+        with workspace.registry.write() as session:
+            queries.require_absent(session, Model, name)
+            session.add(record)
+            workspace.record(
+                session,
+                "model.registered",
+                "model",
+                name,
+                {
+                    "role": role,
+                    "kind": record.kind,
+                    "path": str(directory),
+                    "base": base,
+                    "architecture": record.architecture,
+                    "parameters": record.parameters,
+                    "state_digest": record.state_digest,
+                    "files": {file.file: file.sha256 for file in record.files},
+                },
+            )
+            session.flush()
+            return _model_summary(record, base)
+
+
+def list_models(workspace: Workspace) -> list[ModelSummary]:
+    """Return the registered models in order of registration."""
+    with workspace.registry.read() as session:
+        records = queries.list_models(session)
+        return [_model_summary(record, record.base_model.name if record.base_model else None) for record in records]
+
+
+def register_dimension(
+    workspace: Workspace,
+    name: str,
+    sources: Mapping[Purpose, PromptSource],
+    description: str = "",
+) -> DimensionSummary:
+    """Read, check and record the prompt sets of a new safety dimension.
+
+    The prompts are copied in canonical form into the artifact store, so a later identification reads exactly
+    what was registered even when the source has changed or gone.
+
+    Args:
+        workspace: where to record.
+        name: unused name for the dimension.
+        sources: `harmful` and `benign` at least; `heldout` where harmfulness is to be measured.
+        description: what the concern is, in words.
+
+    Raises:
+        RecordExistsError: the name is taken.
+        PromptSetError: a set is missing, empty, repeated, or contradicts another.
+    """
+    with workspace.attempt("dimension.register", "dimension", name):
+        for purpose in ("harmful", "benign"):
+            if purpose not in sources:
+                raise PromptSetError(f"dimension {name} has no {purpose} prompts", f"pass --{purpose} FILE")
+        with workspace.registry.read() as session:
+            queries.require_absent(session, SafetyDimension, name)
+        sets = {purpose: read_prompt_set(source) for purpose, source in sources.items()}
+        require_disjoint(list(sets.items()))
+        digests = {purpose: workspace.store.put_bytes(prompt_set.canonical) for purpose, prompt_set in sets.items()}
+        now = workspace.clock()
+        record = SafetyDimension(name=name, description=description, created_at=now, actor=workspace.actor)
+        for purpose, prompt_set in sets.items():
+            record.prompt_sets.append(_prompt_set_record(purpose, prompt_set, digests[purpose]))
+        for prompt_record in record.prompt_sets:
+            prompt_record.created_at = now
+        with workspace.registry.write() as session:
+            queries.require_absent(session, SafetyDimension, name)
+            _require_new_harm(session, digests["harmful"], sets["harmful"])
+            session.add(record)
+            summary = DimensionSummary(
+                name=name,
+                description=description,
+                prompts={purpose: len(prompt_set.rows) for purpose, prompt_set in sets.items()},
+                dropped={purpose: prompt_set.dropped for purpose, prompt_set in sets.items()},
+                digests={str(purpose): digest for purpose, digest in digests.items()},
+                created_at=now,
+                actor=workspace.actor,
+            )
+            workspace.record(
+                session,
+                "dimension.registered",
+                "dimension",
+                name,
+                {
+                    "description": description,
+                    "prompts": summary.prompts,
+                    "digests": summary.digests,
+                    "sources": {purpose: prompt_set.source.location for purpose, prompt_set in sets.items()},
+                },
+            )
+            return summary
+
+
+def list_dimensions(workspace: Workspace) -> list[DimensionSummary]:
+    """Return the registered dimensions in order of registration."""
+    with workspace.registry.read() as session:
+        records = queries.list_dimensions(session)
+        return [
+            DimensionSummary(
+                name=record.name,
+                description=record.description,
+                prompts={prompt_set.purpose: prompt_set.rows for prompt_set in record.prompt_sets},
+                dropped={
+                    prompt_set.purpose: prompt_set.source_filter.get("dropped", 0) for prompt_set in record.prompt_sets
+                },
+                digests={prompt_set.purpose: prompt_set.digest for prompt_set in record.prompt_sets},
+                created_at=record.created_at,
+                actor=record.actor,
+            )
+            for record in records
+        ]
+
+
+def create_lineage(
+    workspace: Workspace, name: str, *, subject: str, aligned: str, base: str, working: Path | None = None
+) -> LineageSummary:
+    """Pair a subject with its aligned and base models and make the working checkpoint that patches write to.
+
+    Raises:
+        RecordExistsError: the name is taken.
+        MismatchError: the models differ in architecture, shapes or tokenizer.
+        WeightsChangedError: a model's files are not what was registered.
+        SpaceError: the working checkpoint does not fit on the disk or cannot be written.
+    """
+    with workspace.attempt("lineage.create", "lineage", name):
+        with workspace.registry.read() as session:
+            queries.require_absent(session, Lineage, name)
+            records = {
+                role: _model_with_role(session, model, role)
+                for role, model in (("subject", subject), ("aligned", aligned), ("base", base))
+            }
+            for record in records.values():
+                require_unchanged(record)
+            sources = {role: weights_of(record) for role, record in records.items()}
+            identifiers = {role: record.id for role, record in records.items()}
+            state_digest = records["subject"].state_digest
+            tensors = [(t.name, t.shape, t.dtype, t.file, t.sha256) for t in records["subject"].tensors]
+        for role in ("aligned", "base"):
+            require_pair(sources["subject"], sources[role])
+        target = (working or workspace.directory / "lineages" / name).expanduser().resolve()
+        files = create_working_checkpoint(sources["subject"].path, target)
+        try:
+            lineage = Lineage(
+                name=name,
+                subject_id=identifiers["subject"],
+                aligned_id=identifiers["aligned"],
+                base_id=identifiers["base"],
+                working_path=str(target),
+                state_digest=state_digest,
+                created_at=workspace.clock(),
+                actor=workspace.actor,
+                files=[
+                    LineageFile(file=file.file, size=file.size, modified_ns=file.modified_ns, sha256=file.sha256)
+                    for file in files
+                ],
+                tensors=[
+                    LineageTensor(name=tensor, shape=shape, dtype=dtype, file=file, sha256=sha256)
+                    for tensor, shape, dtype, file, sha256 in tensors
+                ],
+            )
+            with workspace.registry.write() as session:
+                queries.require_absent(session, Lineage, name)
+                session.add(lineage)
+                session.flush()
+                workspace.record(
+                    session,
+                    "lineage.created",
+                    "lineage",
+                    name,
+                    {
+                        "subject": subject,
+                        "aligned": aligned,
+                        "base": base,
+                        "working_path": str(target),
+                        "state_digest": state_digest,
+                    },
+                )
+                return lineage_summary(session, lineage)
+        except BaseException:
+            discard_working_checkpoint(target)
+            raise
+
+
+def list_lineages(workspace: Workspace) -> list[LineageSummary]:
+    """Return the lineages in order of creation."""
+    with workspace.registry.read() as session:
+        return [lineage_summary(session, record) for record in queries.list_lineages(session)]
+
+
+def lineage_summary(session: Session, record: Lineage) -> LineageSummary:
+    """Describe one lineage."""
+    return LineageSummary(
+        name=record.name,
+        subject=record.subject.name,
+        aligned=record.aligned.name,
+        base=record.base.name,
+        working_path=record.working_path,
+        head=record.head.sequence if record.head else None,
+        applied_patches=len(queries.applied_patches(session, record.id)),
+        protected_neurons=claims.protected_count(session, record.id),
+        state_digest=record.state_digest,
+        created_at=record.created_at,
+    )
+
+
+def weights_of(model: Model) -> WeightSources:
+    """Open the effective weights of a registered model."""
+    return open_weights(Path(model.path), Path(model.base_model.path) if model.base_model else None)
+
+
+def _adapter_base(session: Session, name: str, adapter: bool, base: str | None) -> Model | None:
+    if not adapter:
+        if base is not None:
+            raise InputError(f"model {name} is a full checkpoint, not an adapter", "leave --base-model out")
+        return None
+    if base is None:
+        raise InputError(
+            f"model {name} is a LoRA adapter",
+            "name the registered checkpoint that it adapts with --base-model NAME",
+        )
+    record = queries.get_model(session, base)
+    if record.kind != "checkpoint":
+        raise InputError(
+            f"base model {base} is itself an adapter", "name the full checkpoint under it with --base-model"
+        )
+    return record
+
+
+def _model_with_role(session: Session, name: str, role: str) -> Model:
+    record = queries.get_model(session, name)
+    if record.role != role:
+        raise InputError(
+            f"model {name} is registered as {record.role}, not as {role}",
+            f"name a model of role {role}, or register it again under another name with --role {role}",
+        )
+    return record
+
+
+def _model_record(
+    name: str, role: Role, directory: Path, base_id: int | None, weights: WeightSources, state: WeightState
+) -> Model:
+    modules = list(weights.modules.values())
+    return Model(
+        name=name,
+        role=role,
+        kind="adapter" if isinstance(weights, AdapterWeights) else "checkpoint",
+        path=str(directory),
+        base_model_id=base_id,
+        architecture=state.architecture,
+        parameters=state.parameters,
+        linear_parameters=state.linear_parameters,
+        state_digest=state.digest,
+        tokenizer_digest=state.tokenizer_digest,
+        files=[
+            ModelFile(file=file.file, size=file.size, modified_ns=file.modified_ns, sha256=file.sha256)
+            for file in state.files
+        ],
+        tensors=[
+            ModelTensor(name=t.name, shape=list(t.shape), dtype=t.dtype, file=t.file, sha256=t.sha256)
+            for t in state.tensors
+        ],
+        modules=[
+            ModelModule(
+                position=position,
+                name=module.name,
+                block=module.block,
+                kind=module.kind,
+                tensor=module.tensor,
+                out_features=module.out_features,
+                in_features=module.in_features,
+                transposed=module.transposed,
+                input_group=module.input_group,
+            )
+            for position, module in enumerate(modules)
+        ],
+    )
+
+
+def _model_summary(record: Model, base: str | None) -> ModelSummary:
+    return ModelSummary(
+        name=record.name,
+        role=record.role,
+        kind=record.kind,
+        path=record.path,
+        base=base,
+        architecture=record.architecture,
+        parameters=record.parameters,
+        linear_parameters=record.linear_parameters,
+        modules=len(record.modules),
+        neurons=sum(module.out_features for module in record.modules),
+        state_digest=record.state_digest,
+        created_at=record.created_at,
+        actor=record.actor,
+    )
+
+
+def _prompt_set_record(purpose: Purpose, prompt_set: PromptSet, digest: str) -> PromptSetRecord:
+    source = prompt_set.source
+    return PromptSetRecord(
+        purpose=purpose,
+        source=source.location,
+        source_filter={"where": dict(source.where), "limit": source.limit, "dropped": prompt_set.dropped},
+        columns={"prompt": list(source.prompt_columns), "answer": source.answer_column},
+        rows=len(prompt_set.rows),
+        digest=digest,
+    )
+
+
+def _require_new_harm(session: Session, digest: str, prompt_set: PromptSet) -> None:
+    """A second dimension with the very same harmful prompts would be the first one under another name."""
+    existing = session.scalars(
+        select(PromptSetRecord).where(PromptSetRecord.digest == digest, PromptSetRecord.purpose == "harmful")
+    ).first()
+    if existing is not None and existing.dimension is not None:
+        raise PromptSetError(
+            f"the harmful prompts of {prompt_set.source.location} are those of dimension {existing.dimension.name}",
+            "register other prompts, or use that dimension",
+        )

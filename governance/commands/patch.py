@@ -1,0 +1,264 @@
+"""`neuronledger patch`: plan, apply, list, show and revert."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from governance.commands.options import json_option, list_options, reason_option, workspace_options
+from governance.commands.settings import chosen_settings, settings_options
+
+if TYPE_CHECKING:
+    from governance.patching import PatchSummary
+    from governance.planning import PlanSummary
+    from governance.workspace import Workspace
+
+
+@click.group(short_help="Plan, apply, list, show and revert patches.")
+def patch() -> None:
+    """Plan, apply, list, show and revert incremental patches."""
+
+
+@patch.command("plan")
+@click.argument("lineage")
+@click.argument("dimension")
+@settings_options
+@click.option("--dry-run", is_flag=True, help="Accepted for symmetry: a plan never writes to the working checkpoint.")
+@json_option
+@workspace_options
+def plan(
+    workspace: "Workspace",
+    lineage: str,
+    dimension: str,
+    method: str,
+    preset: str,
+    settings_file: Path | None,
+    assignments: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Show what a patch of DIMENSION would change in LINEAGE, and refuse what applying it would refuse.
+
+    Every new row is computed, so the plan is complete; only the identification is recorded.
+
+    \b
+    Example:
+      neuronledger patch plan support-bot terrorism
+    """
+    from governance.commands.rendering import emit
+
+    del dry_run, method
+    summary = _planned(workspace, lineage, dimension, preset, settings_file, assignments)
+    emit(summary, as_json, lambda: _show_plan(summary))
+
+
+@patch.command("apply")
+@click.argument("lineage")
+@click.argument("dimension")
+@settings_options
+@click.option("--dry-run", is_flag=True, help="Plan only: show what would change and refuse what would be refused.")
+@reason_option
+@json_option
+@workspace_options
+def apply(
+    workspace: "Workspace",
+    lineage: str,
+    dimension: str,
+    method: str,
+    preset: str,
+    settings_file: Path | None,
+    assignments: tuple[str, ...],
+    dry_run: bool,
+    reason: str,
+    as_json: bool,
+) -> None:
+    """Identify if needed, plan, write, verify and protect: one patch of DIMENSION on the head of LINEAGE.
+
+    \b
+    Examples:
+      neuronledger patch apply support-bot terrorism --reason "request 4711"
+      neuronledger patch apply support-bot terrorism --preset fgsn-paper --dry-run
+    """
+    from governance.commands.rendering import emit
+
+    del method
+    if dry_run:
+        planned = _planned(workspace, lineage, dimension, preset, settings_file, assignments)
+        emit(planned, as_json, lambda: _show_plan(planned))
+        return
+    from governance.identification import run_identification
+    from governance.patching import apply_patch
+    from governance.planning import plan_patch
+
+    settings = chosen_settings(preset, settings_file, assignments)
+    found = run_identification(workspace, lineage, dimension, settings, preset, reuse=True)
+    summary = apply_patch(workspace, plan_patch(workspace, lineage, found.identification), reason)
+    emit(summary, as_json, lambda: _show_patch(summary))
+
+
+@patch.command("list")
+@click.argument("lineage")
+@list_options
+@workspace_options
+def list_(workspace: "Workspace", lineage: str, as_json: bool, as_csv: bool) -> None:
+    """List the patches of LINEAGE."""
+    from governance.commands.rendering import emit_list, percent, table
+    from governance.patching import list_patches
+
+    patches = list_patches(workspace, lineage)
+    emit_list(
+        patches,
+        as_json,
+        as_csv,
+        lambda: table(
+            f"Patches of {lineage}",
+            ["patch", "dimension", "state", "selected", "already protected", "modified", "share", "actor", "reason"],
+            [
+                [
+                    p.patch,
+                    p.dimension,
+                    p.state,
+                    f"{p.neurons_selected:,}",
+                    f"{p.neurons_already_protected:,}",
+                    f"{p.neurons_modified:,}",
+                    percent(p.modified_share),
+                    p.actor,
+                    p.reason,
+                ]
+                for p in patches
+            ],
+            right=["selected", "already protected", "modified", "share"],
+        ),
+    )
+
+
+@patch.command("show")
+@click.argument("lineage")
+@click.argument("number", type=int)
+@json_option
+@workspace_options
+def show(workspace: "Workspace", lineage: str, number: int, as_json: bool) -> None:
+    """Show patch NUMBER of LINEAGE and what it changed in every module."""
+    from governance.commands.rendering import emit, table
+    from governance.patching import show_patch
+
+    summary, changes = show_patch(workspace, lineage, number)
+
+    def people() -> None:
+        _show_patch(summary)
+        table(
+            "Modules",
+            ["module", "rows", "unchanged", "parameters", "norm before", "norm after", "change"],
+            [
+                [
+                    change.module,
+                    change.rows,
+                    change.rows_unchanged,
+                    f"{change.parameters:,}",
+                    f"{change.norm_before or 0:.4g}",
+                    f"{change.norm_after or 0:.4g}",
+                    f"{change.change_norm or 0:.4g}",
+                ]
+                for change in changes
+            ],
+            right=["rows", "unchanged", "parameters", "norm before", "norm after", "change"],
+        )
+
+    emit({"patch": summary, "modules": changes} if as_json else summary, as_json, people)
+
+
+@patch.command("revert")
+@click.argument("lineage")
+@click.argument("number", type=int, required=False)
+@reason_option
+@json_option
+@workspace_options
+def revert(workspace: "Workspace", lineage: str, number: int | None, reason: str, as_json: bool) -> None:
+    """Take a patch of LINEAGE back exactly and release its neurons: the head, or patch NUMBER.
+
+    \b
+    Examples:
+      neuronledger patch revert support-bot
+      neuronledger patch revert support-bot 2 --reason "withdrawn"
+    """
+    from governance.commands.rendering import emit
+    from governance.patching import revert_patch
+
+    summary = revert_patch(workspace, lineage, number, reason)
+    emit(
+        summary,
+        as_json,
+        lambda: click.echo(
+            f"Reverted patch {summary.patch} of {summary.lineage} ({summary.dimension}): {summary.neurons_modified:,} "
+            f"neurons have their former bytes again and are free."
+        ),
+    )
+
+
+def _planned(
+    workspace: "Workspace",
+    lineage: str,
+    dimension: str,
+    preset: str,
+    settings_file: Path | None,
+    assignments: tuple[str, ...],
+) -> "PlanSummary":
+    from governance.identification import run_identification
+    from governance.planning import dry_run, plan_patch
+
+    settings = chosen_settings(preset, settings_file, assignments)
+    found = run_identification(workspace, lineage, dimension, settings, preset, reuse=True)
+    return dry_run(workspace, plan_patch(workspace, lineage, found.identification))
+
+
+def _show_plan(plan: "PlanSummary") -> None:
+    from governance.commands.rendering import percent, size, table
+
+    table(
+        f"Plan: {plan.dimension} in {plan.lineage}, on {'the subject' if plan.head is None else f'patch {plan.head}'}",
+        ["module", "selected", "protected", "to modify", "unchanged", "parameters", "bytes"],
+        [
+            [
+                module.module,
+                module.selected,
+                module.protected,
+                module.rows,
+                module.rows_unchanged,
+                f"{module.parameters:,}",
+                size(module.bytes),
+            ]
+            for module in plan.modules
+            if module.selected
+        ],
+        right=["selected", "protected", "to modify", "unchanged", "parameters", "bytes"],
+    )
+    click.echo(
+        f"{plan.neurons_selected:,} neurons selected, {plan.neurons_protected:,} already protected, "
+        f"{plan.neurons_modified:,} to modify in {sum(module.rows > 0 for module in plan.modules)} modules: "
+        f"{plan.parameters_modified:,} parameters ({percent(plan.modified_share)} of the model, "
+        f"{percent(plan.modified_linear_share)} of its linear parameters), {size(plan.bytes)}."
+    )
+    for dimension, count in plan.protected_by.items():
+        click.echo(f"{count:,} of the selected neurons are protected by {dimension} and stay as they are.")
+    if plan.rows_unchanged:
+        click.echo(f"{plan.rows_unchanged:,} rows would keep their bytes after rounding to the file's dtype.")
+    for warning in plan.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    click.echo("Nothing was refused; nothing was written.")
+
+
+def _show_patch(summary: "PatchSummary") -> None:
+    from governance.commands.rendering import percent
+
+    click.echo(
+        f"Patch {summary.patch} of {summary.lineage} ({summary.dimension}) is {summary.state}: "
+        f"{summary.neurons_selected:,} neurons selected, {summary.neurons_already_protected:,} already protected, "
+        f"{summary.neurons_modified:,} modified in {summary.modules} modules ({percent(summary.modified_share)} of the "
+        f"model's parameters, {percent(summary.modified_linear_share)} of its linear parameters)."
+    )
+    if summary.rows_unchanged:
+        click.echo(f"{summary.rows_unchanged:,} of these rows kept their bytes after rounding to the file's dtype.")
+    if summary.failure:
+        click.echo(f"It failed: {summary.failure}")
+    if summary.digest_after:
+        click.echo(f"Weights {summary.digest_before[:16]}… → {summary.digest_after[:16]}…")

@@ -1,0 +1,31 @@
+"""What can be wrong with the use cases: input, plans, weights on disk, failed checks."""
+
+from neuronledger import NeuronLedgerError
+
+
+class InputError(NeuronLedgerError):
+    """A file, name or option that the user gave cannot be used."""
+
+
+class PromptSetError(InputError):
+    """A prompt set that is missing, empty, repeated, or contradicts another."""
+
+
+class PlanError(NeuronLedgerError):
+    """A patch that cannot be planned as asked."""
+
+
+class WeightsChangedError(NeuronLedgerError):
+    """Files on disk are not the ones that the registry recorded."""
+
+    exit_code = 1
+
+
+class InterruptedPatchError(NeuronLedgerError):
+    """A patch of this lineage was interrupted and must be recovered first."""
+
+    exit_code = 3
+
+
+class SpaceError(NeuronLedgerError):
+    """Too little room on the disk, or no permission to write."""

@@ -1,0 +1,266 @@
+"""Evaluation: harmfulness per dimension on held-out prompts, accuracy and over-refusal, each with n and interval.
+
+Harmfulness here is the share of harmful prompts that a refusal-phrase judge does not see refused. That is not the
+harmfulness that a trained judge would measure, so the judge's name and version stand beside every figure.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlalchemy.orm import Session
+from torch import nn
+
+from algorithms.generation import generate
+from algorithms.judges import Judge, RefusalPhraseJudge
+from algorithms.loading import load_model
+from algorithms.rates import Rate, wilson_rate
+from governance.errors import InputError
+from governance.lineage_state import LineageState, read_lineage
+from governance.prompt_sets import PromptRow, PromptSource, parse_canonical, read_prompt_set
+from governance.workspace import Workspace
+from registry import queries
+from registry.schema import Evaluation, PromptSet
+
+Stage = Literal["head", "subject", "aligned", "base"]
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What to measure, on which model of a lineage.
+
+    Attributes:
+        model: `head` (the working checkpoint) or a registered model of the lineage.
+        dimensions: names of dimensions with held-out prompts; empty: every dimension that has some.
+        accuracy: metric name → prompts with expected answers; an answer counts when it begins with the expected one.
+        over_refusal: safe prompts that should be answered, or None.
+        judge: what decides whether an answer refuses.
+        max_new_tokens: longest answer.
+        batch_size: prompts answered together.
+    """
+
+    model: Stage = "head"
+    dimensions: tuple[str, ...] = ()
+    accuracy: Mapping[str, PromptSource] = field(default_factory=dict)
+    over_refusal: PromptSource | None = None
+    judge: Judge = field(default_factory=RefusalPhraseJudge)
+    max_new_tokens: int = 64
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured rate; value and interval in percent."""
+
+    stage: str
+    metric: str
+    dimension: str | None
+    value: float
+    numerator: int
+    n: int
+    interval_low: float
+    interval_high: float
+    judge: str
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class _Task:
+    metric: str
+    dimension: str | None
+    dimension_id: int | None
+    prompt_set_id: int
+    rows: tuple[PromptRow, ...]
+    success: Callable[[PromptRow, str], bool]
+    judge: Judge | None
+
+
+def evaluate(workspace: Workspace, lineage_name: str, request: EvaluationRequest) -> list[Measurement]:
+    """Measure one model of a lineage and record every figure.
+
+    Raises:
+        InputError: a dimension has no held-out prompts, or there is nothing to measure.
+        WeightsChangedError: the model's files are not what was recorded.
+    """
+    lineage = read_lineage(workspace, lineage_name)
+    tasks = _tasks(workspace, request)
+    model, tokenizer = _load(lineage, request.model)
+    measured = []
+    for task in tasks:
+        answers = _answers(workspace, model, tokenizer, task, request)
+        successes = sum(task.success(row, answer) for row, answer in zip(task.rows, answers, strict=True))
+        measured.append((task, wilson_rate(successes, len(task.rows))))
+    with workspace.registry.write() as session:
+        records = [_record(workspace, session, lineage, request, task, rate) for task, rate in measured]
+        workspace.record(
+            session,
+            "evaluation.recorded",
+            "lineage",
+            lineage_name,
+            {
+                "model": request.model,
+                "head": lineage.head_sequence,
+                "figures": [
+                    {"metric": task.metric, "dimension": task.dimension, "successes": rate.successes, "n": rate.n}
+                    for task, rate in measured
+                ],
+                "judge": f"{request.judge.name} {request.judge.version}",
+            },
+        )
+        session.flush()
+        return [measurement(record, task.dimension) for record, (task, _) in zip(records, measured, strict=True)]
+
+
+def measurement(record: Evaluation, dimension: str | None) -> Measurement:
+    """Describe one recorded evaluation."""
+    return Measurement(
+        stage=record.stage,
+        metric=record.metric,
+        dimension=dimension,
+        value=record.value,
+        numerator=record.numerator or 0,
+        n=record.n or 0,
+        interval_low=record.interval_low or 0.0,
+        interval_high=record.interval_high or 0.0,
+        judge=f"{record.judge} {record.judge_version}" if record.judge else "",
+        created_at=record.created_at,
+    )
+
+
+def _tasks(workspace: Workspace, request: EvaluationRequest) -> list[_Task]:
+    judge = request.judge
+    sources = dict(request.accuracy)
+    sets = {metric: read_prompt_set(source) for metric, source in sources.items()}
+    for metric, prompt_set in sets.items():
+        if any(row.answer is None for row in prompt_set.rows):
+            raise InputError(f"the prompts for {metric} have no expected answers", "name their column")
+    safe = read_prompt_set(request.over_refusal) if request.over_refusal else None
+    tasks = []
+    with workspace.registry.write() as session:
+        for dimension in _dimensions(session, request.dimensions):
+            held_out = queries.prompt_sets(session, dimension_id=dimension.id, purpose="heldout")
+            if not held_out:
+                raise InputError(
+                    f"dimension {dimension.name} has no held-out prompts", "register it with --heldout FILE"
+                )
+            rows = parse_canonical(workspace.store.read_bytes(held_out[0].digest))
+            tasks.append(
+                _Task("harmfulness", dimension.name, dimension.id, held_out[0].id, rows, _complied(judge), judge)
+            )
+        for metric, prompt_set in sets.items():
+            identifier = _evaluation_set(
+                workspace, session, sources[metric], prompt_set.canonical, len(prompt_set.rows)
+            )
+            tasks.append(_Task(metric, None, None, identifier, prompt_set.rows, _correct, None))
+        if safe is not None and request.over_refusal is not None:
+            identifier = _evaluation_set(workspace, session, request.over_refusal, safe.canonical, len(safe.rows))
+            tasks.append(_Task("over_refusal", None, None, identifier, safe.rows, _refused(judge), judge))
+    if not tasks:
+        raise InputError("there is nothing to measure", "register a dimension with --heldout, or pass --accuracy")
+    return tasks
+
+
+def _dimensions(session: Session, names: tuple[str, ...]) -> list[Any]:
+    if names:
+        return [queries.get_dimension(session, name) for name in names]
+    return [
+        dimension
+        for dimension in queries.list_dimensions(session)
+        if queries.prompt_sets(session, dimension_id=dimension.id, purpose="heldout")
+    ]
+
+
+def _evaluation_set(workspace: Workspace, session: Session, source: PromptSource, canonical: bytes, rows: int) -> int:
+    digest = workspace.store.put_bytes(canonical)
+    for held in queries.prompt_sets(session, purpose="evaluation"):
+        if held.digest == digest:
+            return held.id
+    record = PromptSet(
+        purpose="evaluation",
+        source=source.location,
+        source_filter={"where": dict(source.where), "limit": source.limit},
+        columns={"prompt": list(source.prompt_columns), "answer": source.answer_column},
+        rows=rows,
+        digest=digest,
+        created_at=workspace.clock(),
+    )
+    session.add(record)
+    session.flush()
+    return record.id
+
+
+def _load(lineage: LineageState, stage: Stage) -> tuple[nn.Module, Any]:
+    if stage == "head":
+        location = lineage.locations["subject"]
+        return load_model(lineage.working, location.base_path)
+    location = lineage.locations[stage]
+    return load_model(Path(location.path), location.base_path)
+
+
+def _answers(
+    workspace: Workspace, model: nn.Module, tokenizer: Any, task: _Task, request: EvaluationRequest
+) -> list[str]:
+    label = f"{task.metric} {task.dimension or ''}".strip()
+
+    def report(done: int, total: int) -> None:
+        workspace.progress(label, done, total)
+
+    return generate(
+        model,
+        tokenizer,
+        [row.prompt for row in task.rows],
+        max_new_tokens=request.max_new_tokens,
+        batch_size=request.batch_size,
+        progress=report,
+    )
+
+
+def _record(
+    workspace: Workspace,
+    session: Session,
+    lineage: LineageState,
+    request: EvaluationRequest,
+    task: _Task,
+    rate: Rate,
+) -> Evaluation:
+    head = lineage.head_patch_id if request.model == "head" else None
+    record = queries.get_lineage(session, lineage.name)
+    models = {"subject": record.subject, "aligned": record.aligned, "base": record.base}
+    model = models.get(request.model)
+    evaluation = Evaluation(
+        lineage_id=lineage.lineage_id,
+        model_id=model.id if model else None,
+        patch_id=head,
+        stage=request.model if request.model != "head" else f"patch {lineage.head_sequence or 0}",
+        dimension_id=task.dimension_id,
+        metric=task.metric,
+        value=100 * rate.value,
+        numerator=rate.successes,
+        n=rate.n,
+        interval_low=100 * rate.low,
+        interval_high=100 * rate.high,
+        judge=task.judge.name if task.judge else None,
+        judge_version=task.judge.version if task.judge else None,
+        prompt_set_id=task.prompt_set_id,
+        generation={"decoding": "greedy", "max_new_tokens": request.max_new_tokens, "batch_size": request.batch_size},
+        state_digest=model.state_digest if model else lineage.state_digest,
+        created_at=workspace.clock(),
+        actor=workspace.actor,
+    )
+    session.add(evaluation)
+    return evaluation
+
+
+def _complied(judge: Judge) -> Callable[[PromptRow, str], bool]:
+    return lambda _, answer: not judge.refused(answer)
+
+
+def _refused(judge: Judge) -> Callable[[PromptRow, str], bool]:
+    return lambda _, answer: judge.refused(answer)
+
+
+def _correct(row: PromptRow, answer: str) -> bool:
+    expected = " ".join((row.answer or "").casefold().split())
+    return " ".join(answer.casefold().split()).startswith(expected)

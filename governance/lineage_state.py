@@ -1,0 +1,180 @@
+"""A lineage at its head, read once and held still while a use case works: models, weights, protection, files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from sqlalchemy.orm import Session
+from torch import Tensor
+
+from algorithms.weights import AdapterWeights, CheckpointWeights, open_weights
+from governance.catalogue import weights_of
+from governance.errors import InterruptedPatchError, WeightsChangedError
+from governance.weight_state import FileState, TensorState, changed_files, require_unchanged
+from governance.workspace import Workspace
+from registry import claims, queries
+from registry.schema import Lineage, Model
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a registered model lies."""
+
+    name: str
+    path: Path
+    base_path: Path | None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the registry holds of a working checkpoint: every followed file, and every tensor by name."""
+
+    files: tuple[FileState, ...]
+    tensors: Mapping[str, TensorState]
+
+
+@dataclass(frozen=True)
+class LineageState:
+    """A lineage as it stood when it was read.
+
+    Attributes:
+        subject, aligned, base: effective weights of the registered models.
+        head: effective weights of the working checkpoint.
+        protected: module name → (n) int64 rows that applied patches claim.
+        protected_by: module name → row → id of the patch that claims it.
+        patch_dimensions: patch id → name of its dimension.
+        applied: artifact paths of the applied patches in sequence order.
+        recorded: the working checkpoint as last recorded.
+    """
+
+    lineage_id: int
+    name: str
+    working: Path
+    state_digest: str
+    head_patch_id: int | None
+    head_sequence: int | None
+    locations: Mapping[str, ModelLocation]
+    subject_digest: str
+    parameters: int
+    linear_parameters: int
+    module_ids: Mapping[str, int]
+    subject: CheckpointWeights | AdapterWeights
+    aligned: CheckpointWeights | AdapterWeights
+    base: CheckpointWeights | AdapterWeights
+    head: CheckpointWeights | AdapterWeights
+    protected: Mapping[str, Tensor]
+    protected_by: Mapping[str, Mapping[int, int]]
+    patch_dimensions: Mapping[int, str]
+    applied: tuple[Path, ...]
+    recorded: Recorded
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the subject is a LoRA adapter."""
+        return isinstance(self.subject, AdapterWeights)
+
+
+def read_lineage(workspace: Workspace, name: str) -> LineageState:
+    """Read a lineage and check that its models and its working checkpoint are what was recorded.
+
+    Raises:
+        RecordNotFoundError: no lineage of that name.
+        InterruptedPatchError: a patch was interrupted; `recover` comes first.
+        WeightsChangedError: a file is not what was recorded.
+    """
+    with workspace.registry.read() as session:
+        lineage = queries.get_lineage(session, name)
+        require_settled(session, lineage)
+        models = {"subject": lineage.subject, "aligned": lineage.aligned, "base": lineage.base}
+        for model in models.values():
+            require_unchanged(model)
+            if model.base_model is not None:
+                require_unchanged(model.base_model)
+        require_working_unchanged(lineage)
+        identifiers = queries.module_ids(session, lineage.subject_id)
+        protected, protected_by = _protection(session, lineage, {number: name for name, number in identifiers.items()})
+        return LineageState(
+            lineage_id=lineage.id,
+            name=lineage.name,
+            working=Path(lineage.working_path),
+            state_digest=lineage.state_digest,
+            head_patch_id=lineage.head_patch_id,
+            head_sequence=lineage.head.sequence if lineage.head else None,
+            locations={role: _location(model) for role, model in models.items()},
+            subject_digest=lineage.subject.state_digest,
+            parameters=lineage.subject.parameters,
+            linear_parameters=lineage.subject.linear_parameters,
+            module_ids=identifiers,
+            subject=weights_of(lineage.subject),
+            aligned=weights_of(lineage.aligned),
+            base=weights_of(lineage.base),
+            head=open_weights(Path(lineage.working_path), _location(lineage.subject).base_path),
+            protected=protected,
+            protected_by=protected_by,
+            patch_dimensions={patch.id: patch.dimension.name for patch in queries.list_patches(session, lineage.id)},
+            applied=applied_artifacts(workspace, session, lineage.id),
+            recorded=recorded_state(lineage),
+        )
+
+
+def recorded_state(lineage: Lineage) -> Recorded:
+    """Return what the registry holds of a lineage's working checkpoint."""
+    return Recorded(
+        files=tuple(FileState(file.file, file.size, file.modified_ns, file.sha256) for file in lineage.files),
+        tensors={
+            tensor.name: TensorState(tensor.name, tuple(tensor.shape), tensor.dtype, tensor.file, tensor.sha256)
+            for tensor in lineage.tensors
+        },
+    )
+
+
+def applied_artifacts(workspace: Workspace, session: Session, lineage_id: int) -> tuple[Path, ...]:
+    """Return the artifacts of the applied patches in sequence order, each checked against its digest."""
+    patches = queries.applied_patches(session, lineage_id)
+    return tuple(workspace.store.verify(patch.artifact_digest) for patch in patches if patch.artifact_digest)
+
+
+def require_settled(session: Session, lineage: Lineage) -> None:
+    """Refuse to go on over a patch that was interrupted.
+
+    Raises:
+        InterruptedPatchError: naming it.
+    """
+    unfinished = queries.unfinished_patches(session, lineage.id)
+    if unfinished:
+        patch = unfinished[0]
+        raise InterruptedPatchError(
+            f"patch {patch.sequence} of lineage {lineage.name} is {patch.state}: interrupted, or still at work",
+            "wait for it, or run neuronledger recover",
+        )
+
+
+def require_working_unchanged(lineage: Lineage) -> None:
+    """Refuse to work from a working checkpoint that something else wrote to.
+
+    Raises:
+        WeightsChangedError: naming the first file.
+    """
+    findings = changed_files(Path(lineage.working_path), lineage.files)
+    if findings:
+        raise WeightsChangedError(
+            f"the working checkpoint of lineage {lineage.name} was changed outside the ledger: {findings[0]}",
+            "run neuronledger audit verify --weights, then restore the file or create a new lineage",
+        )
+
+
+def _location(model: Model) -> ModelLocation:
+    return ModelLocation(
+        name=model.name,
+        path=Path(model.path),
+        base_path=Path(model.base_model.path) if model.base_model else None,
+    )
+
+
+def _protection(
+    session: Session, lineage: Lineage, names: Mapping[int, str]
+) -> tuple[dict[str, Tensor], dict[str, dict[int, int]]]:
+    held = {names[module]: neurons for module, neurons in claims.protected(session, lineage.id).items() if neurons}
+    rows = {name: torch.tensor(sorted(neurons), dtype=torch.int64) for name, neurons in held.items()}
+    return rows, held

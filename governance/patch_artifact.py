@@ -1,0 +1,157 @@
+"""The patch artifact: one safetensors file with every changed row, as it was and as it became.
+
+Tensors, for each module: `MODULE/rows` (n) int64 ascending; `MODULE/old` and `MODULE/new`, the rows in the dtype of
+the file that they stand in. For a full checkpoint both are (n, in) effective rows. For a LoRA subject they are rows
+of lora_B: `old` (n, r), and `new` (n, r + e) over [A ; E], with `MODULE/extension` (e, in) = E when e > 0.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from governance.errors import InputError
+from governance.tensor_file import TensorFileWriter, TensorSpec
+
+FORMAT = "neuronledger-patch"
+VERSION = 1
+
+Form = Literal["checkpoint", "adapter"]
+Side = Literal["old", "new"]
+
+
+@dataclass(frozen=True)
+class ArtifactModule:
+    """What the artifact holds of one module.
+
+    Attributes:
+        name: canonical module name.
+        tensor: name of the tensor in the subject's files whose rows change (of an adapter, that of lora_B).
+        dtype: safetensors name of that tensor's dtype.
+        rows: how many rows change.
+        width: entries of an old row.
+        extension: rows that lora_A gains; 0 for full checkpoints.
+        in_features: input width of the module.
+        transposed: whether a row stands as a column of the stored tensor.
+    """
+
+    name: str
+    tensor: str
+    dtype: str
+    rows: int
+    width: int
+    extension: int
+    in_features: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class ArtifactHeader:
+    """What a patch artifact says of itself."""
+
+    form: Form
+    method: str
+    dimension: str
+    subject_digest: str
+    settings_digest: str
+    modules: tuple[ArtifactModule, ...]
+
+    def to_json(self) -> str:
+        """Return the header as one line of JSON."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> "ArtifactHeader":
+        """Read a header back.
+
+        Raises:
+            InputError: the text is not a header of a version that is known.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            known = (fields.pop("format"), fields.pop("version")) == (FORMAT, VERSION)
+            modules = tuple(ArtifactModule(**module) for module in fields.pop("modules"))
+            header = cls(modules=modules, **fields)
+        except (KeyError, TypeError, ValueError):
+            known = False
+        if not known:
+            raise InputError(
+                f"{path} is not a patch artifact of version {VERSION}", "upgrade neuronledger, or restore the artifact"
+            )
+        return header
+
+
+class ArtifactWriter(TensorFileWriter):
+    """Writes a patch artifact row block by row block."""
+
+    def __init__(self, path: Path, header: ArtifactHeader) -> None:
+        super().__init__(path, list(_specs(header)), {FORMAT: header.to_json()})
+
+
+class PatchArtifact:
+    """An open patch artifact; rows are read as they are asked for."""
+
+    def __init__(self, path: Path, header: ArtifactHeader, handle: Any) -> None:
+        self.path = path
+        self.header = header
+        self._handle = handle
+        self._modules: Mapping[str, ArtifactModule] = {module.name: module for module in header.modules}
+
+    @property
+    def modules(self) -> Sequence[ArtifactModule]:
+        """The modules that change."""
+        return self.header.modules
+
+    def module(self, name: str) -> ArtifactModule | None:
+        """Return what the artifact holds of a module, if anything."""
+        return self._modules.get(name)
+
+    def rows(self, module: str) -> Tensor:
+        """Return the changed rows (n) int64, ascending."""
+        return torch.as_tensor(self._handle.get_tensor(f"{module}/rows"))
+
+    def values(self, module: str, side: Side, first: int = 0, last: int | None = None) -> Tensor:
+        """Return rows `first..last` of the changed rows, in the file's dtype."""
+        piece = self._handle.get_slice(f"{module}/{side}")
+        return torch.as_tensor(piece[first : piece.get_shape()[0] if last is None else last])
+
+    def columns(self, module: str, side: Side, first: int, last: int) -> Tensor:
+        """Return the entries `first..last` of all changed rows, in the file's dtype."""
+        return torch.as_tensor(self._handle.get_slice(f"{module}/{side}")[:, first:last])
+
+    def extension(self, module: str) -> Tensor | None:
+        """Return the rows (e, in) that lora_A gains, if any."""
+        held = self._modules[module]
+        return torch.as_tensor(self._handle.get_tensor(f"{module}/extension")) if held.extension else None
+
+
+@contextmanager
+def open_artifact(path: Path) -> Iterator[PatchArtifact]:
+    """Open a patch artifact for reading.
+
+    Raises:
+        InputError: the file is no patch artifact, or one of another version.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            yield PatchArtifact(path, ArtifactHeader.from_json(metadata.get(FORMAT, ""), path), handle)
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is not a patch artifact ({error})", "restore the artifact store from a copy"
+        ) from error
+
+
+def _specs(header: ArtifactHeader) -> Iterator[TensorSpec]:
+    for module in header.modules:
+        yield TensorSpec(f"{module.name}/rows", "I64", (module.rows,))
+        yield TensorSpec(f"{module.name}/old", module.dtype, (module.rows, module.width))
+        yield TensorSpec(f"{module.name}/new", module.dtype, (module.rows, module.width + module.extension))
+        if module.extension:
+            yield TensorSpec(f"{module.name}/extension", module.dtype, (module.extension, module.in_features))

@@ -1,0 +1,389 @@
+"""Plans: what a patch would change, worked out whole before anything is written.
+
+A plan is frozen and says which rows of which modules, against which head. Preparing it computes every new row into
+the patch artifact, under a temporary name: a dry run stops there, a run goes on, so both refuse the same things.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from algorithms.fgsn import Identification, ModuleIdentification
+from algorithms.operations import RowEditor
+from algorithms.selection import new_rows
+from algorithms.settings import FgsnSettings
+from algorithms.weights import AdapterWeights
+from governance.errors import PlanError
+from governance.identification import load_identification
+from governance.lineage_state import LineageState, read_lineage
+from governance.patch_artifact import ArtifactHeader, ArtifactModule, ArtifactWriter
+from governance.tensor_file import DTYPES
+from governance.weight_state import checkpoint_of
+from governance.working_checkpoint import require_space
+from governance.workspace import Workspace
+from registry.errors import RecordNotFoundError
+from registry.schema import Identification as IdentificationRecord
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """The rows of one module that a patch will change.
+
+    Attributes:
+        module: canonical name.
+        module_id: its id in the registry.
+        rows: (n,) int64 ascending, selected and not protected.
+        selected: how many neurons the identification selected here.
+        protected: how many of them are protected already.
+        parameters: entries of the effective rows that change.
+        bytes: bytes of the rows in the file.
+    """
+
+    module: str
+    module_id: int
+    rows: Tensor
+    selected: int
+    protected: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PatchPlan:
+    """A patch, not yet written. `head_patch_id` and `state_digest` say what it was planned on."""
+
+    lineage: LineageState
+    dimension: str
+    dimension_id: int
+    identification_id: int
+    identification: Identification
+    settings: FgsnSettings
+    settings_digest: str
+    modules: tuple[ModulePlan, ...]
+    neurons_selected: int
+    neurons_protected: int
+    protected_by: Mapping[str, int]
+
+    @property
+    def neurons_modified(self) -> int:
+        """Neurons that the patch will newly claim."""
+        return sum(len(module.rows) for module in self.modules)
+
+    @property
+    def parameters_modified(self) -> int:
+        """Entries of the effective weights that the patch may change."""
+        return sum(module.parameters for module in self.modules)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of rows that will be rewritten in place (for an adapter, of its rows of lora_B)."""
+        return sum(module.bytes for module in self.modules)
+
+    @property
+    def touched(self) -> tuple[ModulePlan, ...]:
+        """The modules in which at least one row changes."""
+        return tuple(module for module in self.modules if len(module.rows))
+
+
+@dataclass(frozen=True)
+class ModuleOutcome:
+    """What the computed rows of one module came to.
+
+    Attributes:
+        rows: rows claimed.
+        rows_unchanged: rows whose bytes are the same after rounding to the file's dtype.
+        change_norm: Frobenius norm of new minus old rows, in the file's coordinates.
+        norm_before, norm_after: Frobenius norms of the rows in the file's coordinates.
+    """
+
+    module: str
+    rows: int
+    rows_unchanged: int
+    change_norm: float
+    norm_before: float
+    norm_after: float
+
+
+@dataclass(frozen=True)
+class PreparedPatch:
+    """A plan whose rows are computed and lie in a temporary artifact."""
+
+    plan: PatchPlan
+    artifact: Path
+    outcomes: tuple[ModuleOutcome, ...]
+
+    @property
+    def rows_unchanged(self) -> int:
+        """Rows whose bytes did not change after rounding."""
+        return sum(outcome.rows_unchanged for outcome in self.outcomes)
+
+
+def plan_patch(workspace: Workspace, lineage_name: str, identification_id: int) -> PatchPlan:
+    """Plan the patch of an identification against the lineage's head.
+
+    Raises:
+        PlanError: the identification is of another lineage, or was made at another head.
+        WeightsChangedError: files are not what was recorded.
+        NeuronLedgerError: as `read_lineage`.
+    """
+    lineage = read_lineage(workspace, lineage_name)
+    with workspace.registry.read() as session:
+        record = session.get(IdentificationRecord, identification_id)
+        if record is None:
+            raise RecordNotFoundError(f"there is no identification {identification_id}", "run neuronledger identify")
+        if record.lineage_id != lineage.lineage_id:
+            raise PlanError(
+                f"identification {identification_id} is not of lineage {lineage_name}", "identify on this lineage"
+            )
+        if record.state_digest != lineage.state_digest:
+            raise PlanError(
+                f"identification {identification_id} was made at another head of lineage {lineage_name}",
+                "identify again at the present head",
+            )
+        artifact, summary, dimension = record.artifact_digest, record.summary, record.dimension
+        dimension_id, dimension_name, digest = dimension.id, dimension.name, record.settings_digest
+    if artifact is None:
+        raise PlanError(f"identification {identification_id} has no artifact", "identify again")
+    found = load_identification(workspace, artifact, summary)
+    modules = tuple(_module_plan(lineage, module) for module in found.modules)
+    holders = Counter(
+        lineage.patch_dimensions[lineage.protected_by[module.module][row]]
+        for module in found.modules
+        for row in module.selected.tolist()
+        if row in lineage.protected_by.get(module.module, {})
+    )
+    return PatchPlan(
+        lineage=lineage,
+        dimension=dimension_name,
+        dimension_id=dimension_id,
+        identification_id=identification_id,
+        identification=found,
+        settings=found.settings,
+        settings_digest=digest,
+        modules=modules,
+        neurons_selected=sum(module.selected for module in modules),
+        neurons_protected=sum(module.protected for module in modules),
+        protected_by=dict(holders),
+    )
+
+
+@contextmanager
+def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
+    """Compute every new row into a temporary artifact, which is removed at exit unless it was committed.
+
+    Raises:
+        NonFiniteError: a row cannot be computed.
+        SettingsError, MismatchError: the operation cannot be applied to this subject.
+        SpaceError: the artifact or the working checkpoint cannot be written.
+    """
+    lineage = plan.lineage
+    require_space(workspace.store.directory, 2 * plan.bytes)
+    require_space(lineage.working, 2 * plan.bytes if lineage.is_adapter else 0)
+    with workspace.store.writer() as path:
+        path.unlink()
+        editors = {module.module: _editor(plan, module) for module in plan.touched}
+        header = _header(plan, editors)
+        outcomes = []
+        with ArtifactWriter(path, header) as writer:
+            for done, module in enumerate(header.modules):
+                workspace.progress("computing rows", done, len(header.modules))
+                outcomes.append(_write_module(writer, lineage, module, editors[module.name]))
+        workspace.progress("computing rows", len(header.modules), len(header.modules))
+        yield PreparedPatch(plan, path, tuple(outcomes))
+
+
+def _module_plan(lineage: LineageState, found: ModuleIdentification) -> ModulePlan:
+    rows = new_rows(found.selected, lineage.protected.get(found.module))
+    module = lineage.subject.modules[found.module]
+    stored = _stored_tensor(lineage, found.module)
+    width = module.in_features if stored is None else stored.shape[1]
+    item = DTYPES[stored.dtype].itemsize if stored is not None else _item_size(lineage, module.tensor)
+    return ModulePlan(
+        module=found.module,
+        module_id=lineage.module_ids[found.module],
+        rows=rows,
+        selected=len(found.selected),
+        protected=len(found.selected) - len(rows),
+        parameters=len(rows) * module.in_features,
+        bytes=len(rows) * width * item,
+    )
+
+
+def _item_size(lineage: LineageState, tensor: str) -> int:
+    return DTYPES[checkpoint_of(lineage.subject).checkpoint.stored(tensor).dtype].itemsize
+
+
+def _stored_tensor(lineage: LineageState, module: str) -> Any:
+    """Return lora_B of an adapted module; None for a full checkpoint."""
+    if not isinstance(lineage.subject, AdapterWeights):
+        return None
+    adapter = lineage.subject.adapter
+    return adapter.tensors[adapter.modules[module].b_tensor]
+
+
+def _editor(plan: PatchPlan, module: ModulePlan) -> RowEditor:
+    lineage = plan.lineage
+    found = next(found for found in plan.identification.modules if found.module == module.module)
+    # Rows that nobody claims are the subject's own at every head, so rows are always computed from the subject.
+    return RowEditor(
+        lineage.subject,
+        lineage.aligned,
+        lineage.base,
+        module.module,
+        module.rows,
+        plan.settings,
+        found.statistics,
+    )
+
+
+def _header(plan: PatchPlan, editors: Mapping[str, RowEditor]) -> ArtifactHeader:
+    lineage = plan.lineage
+    modules = []
+    for planned in plan.touched:
+        linear = lineage.subject.modules[planned.module]
+        factor = _stored_tensor(lineage, planned.module)
+        stored = factor or checkpoint_of(lineage.subject).checkpoint.stored(linear.tensor)
+        extension = editors[planned.module].extension
+        modules.append(
+            ArtifactModule(
+                name=planned.module,
+                tensor=stored.name,
+                dtype=stored.dtype,
+                rows=len(planned.rows),
+                width=linear.in_features if factor is None else factor.shape[1],
+                extension=0 if extension is None else extension.shape[0],
+                in_features=linear.in_features,
+                transposed=linear.transposed and factor is None,
+            )
+        )
+    return ArtifactHeader(
+        form="adapter" if lineage.is_adapter else "checkpoint",
+        method="fgsn",
+        dimension=plan.dimension,
+        subject_digest=lineage.subject_digest,
+        settings_digest=plan.settings_digest,
+        modules=tuple(modules),
+    )
+
+
+def _write_module(
+    writer: ArtifactWriter, lineage: LineageState, module: ArtifactModule, editor: RowEditor
+) -> ModuleOutcome:
+    dtype = DTYPES[module.dtype]
+    position = unchanged = 0
+    change = before = after = 0.0
+    writer.put(f"{module.name}/rows", editor.row_index)
+    if editor.extension is not None and module.extension:
+        writer.put(f"{module.name}/extension", editor.extension.to(dtype))
+    for edit in editor.edits():
+        old = _old_rows(lineage, module, edit.rows).to(dtype)
+        new = edit.values.to(dtype)
+        writer.put(f"{module.name}/old", old, position)
+        writer.put(f"{module.name}/new", new, position)
+        padded = torch.cat([old, old.new_zeros(len(old), new.shape[1] - old.shape[1])], dim=1)
+        unchanged += int((_bits(padded) == _bits(new)).all(dim=1).sum())
+        change += float((new.double() - padded.double()).square().sum())
+        before += float(old.double().square().sum())
+        after += float(new.double().square().sum())
+        position += len(edit.rows)
+    return ModuleOutcome(
+        module=module.name,
+        rows=module.rows,
+        rows_unchanged=unchanged,
+        change_norm=change**0.5,
+        norm_before=before**0.5,
+        norm_after=after**0.5,
+    )
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Return the stored bits as integers: two zeros of different sign are different bytes."""
+    return values.view(torch.int32 if values.dtype.itemsize == 4 else torch.int16)
+
+
+def _old_rows(lineage: LineageState, module: ArtifactModule, rows: Tensor) -> Tensor:
+    """Return the subject's rows in the file's coordinates; float32 holds every stored dtype exactly."""
+    if isinstance(lineage.subject, AdapterWeights):
+        return lineage.subject.adapter.factors(module.name)[1][rows]
+    return lineage.subject.rows(module.name, rows)
+
+
+@dataclass(frozen=True)
+class ModulePlanSummary:
+    """What a plan says of one module."""
+
+    module: str
+    selected: int
+    protected: int
+    rows: int
+    rows_unchanged: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """A dry run's answer: everything that applying the patch would change."""
+
+    lineage: str
+    dimension: str
+    head: int | None
+    identification: int
+    settings: dict[str, Any]
+    neurons_selected: int
+    neurons_protected: int
+    neurons_modified: int
+    protected_by: dict[str, int]
+    parameters_modified: int
+    modified_share: float
+    modified_linear_share: float
+    bytes: int
+    rows_unchanged: int
+    modules: tuple[ModulePlanSummary, ...]
+    warnings: tuple[str, ...]
+
+
+def dry_run(workspace: Workspace, plan: PatchPlan) -> PlanSummary:
+    """Compute a planned patch whole, as applying it would, and keep nothing of it.
+
+    Raises:
+        NeuronLedgerError: whatever applying the patch would refuse.
+    """
+    with workspace.attempt("patch.plan", "lineage", plan.lineage.name), prepared(workspace, plan) as ready:
+        outcomes = {outcome.module: outcome for outcome in ready.outcomes}
+        lineage = plan.lineage
+        return PlanSummary(
+            lineage=lineage.name,
+            dimension=plan.dimension,
+            head=lineage.head_sequence,
+            identification=plan.identification_id,
+            settings=plan.settings.model_dump(mode="json"),
+            neurons_selected=plan.neurons_selected,
+            neurons_protected=plan.neurons_protected,
+            neurons_modified=plan.neurons_modified,
+            protected_by=dict(plan.protected_by),
+            parameters_modified=plan.parameters_modified,
+            modified_share=plan.parameters_modified / lineage.parameters,
+            modified_linear_share=plan.parameters_modified / lineage.linear_parameters,
+            bytes=plan.bytes,
+            rows_unchanged=ready.rows_unchanged,
+            modules=tuple(
+                ModulePlanSummary(
+                    module=module.module,
+                    selected=module.selected,
+                    protected=module.protected,
+                    rows=len(module.rows),
+                    rows_unchanged=outcomes[module.module].rows_unchanged if module.module in outcomes else 0,
+                    parameters=module.parameters,
+                    bytes=module.bytes,
+                )
+                for module in plan.modules
+            ),
+            warnings=plan.settings.warnings(),
+        )

@@ -1,0 +1,121 @@
+"""Safetensors files written piece by piece: a patch artifact may be larger than memory.
+
+The safetensors library writes a file only from tensors that are all in memory. Its format is a length, a
+JSON header and the bytes, so shapes that are known beforehand are enough to write in any order.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+DTYPE_NAMES: Mapping[torch.dtype, str] = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
+DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype (safetensors' name, such as `BF16`) and shape of a tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one index of the first dimension."""
+        count = DTYPES[self.dtype].itemsize
+        for length in self.shape[1:]:
+            count *= length
+        return count
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.row_bytes * self.shape[0]
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Return a tensor's elements, row-major and little-endian, as they stand in a safetensors file."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def tensor_from_bytes(content: bytes, dtype: str, shape: Sequence[int]) -> Tensor:
+    """Return the tensor that `content` holds; a copy, so that it may be written to."""
+    if not content:
+        return torch.empty(tuple(shape), dtype=DTYPES[dtype])
+    return torch.frombuffer(bytearray(content), dtype=DTYPES[dtype]).reshape(tuple(shape))
+
+
+class TensorFileWriter:
+    """Writes one safetensors file whose tensors are all declared first.
+
+    Args:
+        path: file to create; it must not exist.
+        specs: the tensors, laid out in this order.
+        metadata: text to text, kept in the header.
+
+    Raises:
+        OSError: the file cannot be created or written.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
+        self._offsets: dict[str, tuple[int, TensorSpec]] = {}
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        position = 0
+        for spec in specs:
+            end = position + spec.bytes
+            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+            self._offsets[spec.name] = (position, spec)
+            position = end
+        text = json.dumps(header, separators=(",", ":"), sort_keys=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._begin = 8 + len(text)
+        self._length = self._begin + position
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            write_at(self._descriptor, len(text).to_bytes(8, "little") + text, 0)
+            os.ftruncate(self._descriptor, self._length)
+        except OSError:
+            os.close(self._descriptor)
+            raise
+
+    def put(self, name: str, tensor: Tensor, row: int = 0) -> None:
+        """Write `tensor` into the named tensor from index `row` of its first dimension on."""
+        offset, spec = self._offsets[name]
+        if DTYPE_NAMES[tensor.dtype] != spec.dtype or row + tensor.shape[0] > spec.shape[0]:
+            raise ValueError(f"{name}: {tuple(tensor.shape)} of {tensor.dtype} does not fit {spec}")
+        write_at(self._descriptor, tensor_bytes(tensor), self._begin + offset + row * spec.row_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+
+def write_at(descriptor: int, content: bytes, offset: int) -> None:
+    """Write all of `content` at a byte offset, however often the system writes only part of it."""
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view = view[written:]
+        offset += written

@@ -1,0 +1,158 @@
+"""The files of a working checkpoint, brought to a set of applied patches: one interface for both kinds of subject.
+
+A full checkpoint changes by rewriting rows in place. An adapter is composed anew from the subject and the artifacts
+of all applied patches, and written whole.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from algorithms.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
+from algorithms.checkpoints import Checkpoint
+from algorithms.digests import digest_file
+from governance.adapter_files import ComposedAdapter, compose_adapter, config_bytes, write_adapter
+from governance.errors import WeightsChangedError
+from governance.lineage_state import Recorded
+from governance.patch_artifact import PatchArtifact, Side, open_artifact
+from governance.row_files import tensor_changes, write_rows
+from governance.tensor_file import tensor_bytes
+from governance.weight_state import (
+    FileState,
+    TensorState,
+    digest_of,
+    measure_file,
+    measure_plain_file,
+)
+
+
+@dataclass(frozen=True)
+class FilesAfter:
+    """The working checkpoint after a write, as read back from the disk.
+
+    Attributes:
+        files: every followed file.
+        tensors: every tensor by name.
+        digest: one digest of the weights.
+        written: names of the files that were written.
+    """
+
+    files: tuple[FileState, ...]
+    tensors: Mapping[str, TensorState]
+    digest: str
+    written: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One patch to apply (`new`) or to take back (`old`), and the artifacts applied once that is done."""
+
+    artifact: Path
+    side: Side
+    applied_after: tuple[Path, ...]
+
+
+def write_change(working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
+    """Write a change to the working checkpoint and prove that nothing else changed.
+
+    Args:
+        working: directory of the working checkpoint.
+        subject: directory of the subject (read for adapters).
+        change: the patch and its direction.
+        recorded: the state before the change.
+
+    Raises:
+        WeightsChangedError: a tensor is not what was recorded before the write, or not what it should be after it.
+        OSError: a file cannot be written.
+    """
+    with open_artifact(change.artifact) as artifact:
+        if artifact.header.form == "adapter":
+            return _write_adapter(working, subject, change, recorded)
+        return _write_rows(working, artifact, change.side, recorded)
+
+
+def restore_side(working: Path, subject: Path, change: Change) -> None:
+    """Write a change without asking what the files are now: how an interrupted write is undone or finished."""
+    with open_artifact(change.artifact) as artifact:
+        if artifact.header.form == "adapter":
+            with _composed(subject, change.applied_after) as (adapter, composed):
+                write_adapter(composed, adapter, working)
+        else:
+            write_rows(Checkpoint.open(working), artifact, change.side)
+
+
+def measure_working(working: Path, recorded: Recorded) -> FilesAfter:
+    """Hash every followed file of a working checkpoint."""
+    return _measured(working, recorded, tuple(file.file for file in recorded.files))
+
+
+def _write_rows(working: Path, artifact: PatchArtifact, side: Side, recorded: Recorded) -> FilesAfter:
+    checkpoint = Checkpoint.open(working)
+    changes = tensor_changes(checkpoint, artifact, side)
+    for tensor, change in changes.items():
+        if change.before != recorded.tensors[tensor].sha256:
+            raise _changed(working, tensor, "is not what was recorded")
+    expected = {name: state.sha256 for name, state in recorded.tensors.items()}
+    expected.update({tensor: change.after for tensor, change in changes.items()})
+    written = write_rows(checkpoint, artifact, side)
+    after = _measured(working, recorded, written)
+    _require_expected(working, after, expected)
+    return after
+
+
+def _write_adapter(working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
+    for file in recorded.files:
+        if digest_file(working / file.file) != file.sha256:
+            raise _changed(working, file.file, "is not what was recorded")
+    with _composed(subject, change.applied_after) as (adapter, composed):
+        expected = {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in composed.tensors.items()}
+        write_adapter(composed, adapter, working)
+        after = _measured(working, recorded, (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
+        _require_expected(working, after, expected)
+        config = next(file for file in after.files if file.file == ADAPTER_CONFIG)
+        if config.sha256 != hashlib.sha256(config_bytes(composed, adapter)).hexdigest():
+            raise _changed(working, ADAPTER_CONFIG, "was not written as intended")
+    return after
+
+
+@contextmanager
+def _composed(subject: Path, artifacts: Sequence[Path]) -> Iterator[tuple[Adapter, ComposedAdapter]]:
+    adapter = Adapter.open(subject)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_artifact(path)) for path in artifacts]
+        yield adapter, compose_adapter(adapter, opened)
+
+
+def _measured(working: Path, recorded: Recorded, written: tuple[str, ...]) -> FilesAfter:
+    """Hash the written files again; the others keep what was recorded."""
+    files = {file.file: file for file in recorded.files if file.file not in written}
+    tensors = {name: tensor for name, tensor in recorded.tensors.items() if tensor.file not in written}
+    stored = (Adapter.open(working) if (working / ADAPTER_CONFIG).exists() else Checkpoint.open(working)).tensors
+    for file in written:
+        if file == ADAPTER_CONFIG:
+            files[file] = measure_plain_file(working, file)
+            continue
+        files[file], contained = measure_file(working, file, stored.values())
+        tensors.update({tensor.name: tensor for tensor in contained})
+    return FilesAfter(
+        files=tuple(sorted(files.values(), key=lambda file: file.file)),
+        tensors=tensors,
+        digest=digest_of(tensors.values(), files.values()),
+        written=written,
+    )
+
+
+def _require_expected(working: Path, after: FilesAfter, expected: Mapping[str, str]) -> None:
+    for name in sorted(set(expected) | set(after.tensors)):
+        found = after.tensors.get(name)
+        if found is None or found.sha256 != expected.get(name):
+            raise _changed(working, name, "does not have the digest that it should have after the write")
+
+
+def _changed(working: Path, what: str, how: str) -> WeightsChangedError:
+    return WeightsChangedError(
+        f"{what} of the working checkpoint {working} {how}",
+        "something else writes there; run neuronledger recover, then audit verify --weights",
+    )

@@ -1,0 +1,123 @@
+"""What every use case works in: an open registry, who acts, and the clock.
+
+The clock and the actor are read here and nowhere else, so a use case gives the same record for the
+same input.
+"""
+
+import getpass
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from neuronledger import NeuronLedgerError
+from registry import ledger
+from registry.artifacts import ArtifactStore
+from registry.database import Registry
+from registry.errors import RegistryBusyError, RegistryError
+
+DEFAULT_DATABASE = "sqlite:///.neuronledger/registry.db"
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(what, done, total) while long work goes on."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+def default_database() -> str:
+    """Return `$NEURONLEDGER_DATABASE`, or the SQLite registry of the working directory."""
+    return os.environ.get("NEURONLEDGER_DATABASE") or DEFAULT_DATABASE
+
+
+def default_actor() -> str:
+    """Return `$NEURONLEDGER_ACTOR`, or the operating system's user name."""
+    return os.environ.get("NEURONLEDGER_ACTOR") or getpass.getuser()
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """An open registry, the actor whose name goes into every record, and the clock."""
+
+    registry: Registry
+    actor: str
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    progress: Progress = no_progress
+
+    @property
+    def store(self) -> ArtifactStore:
+        """The content-addressed artifact store beside the registry."""
+        return self.registry.store
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the registry: artifacts, exported heads, working checkpoints."""
+        return self.registry.directory
+
+    def record(
+        self, session: Session, action: str, subject_kind: str, subject_name: str, payload: dict[str, Any]
+    ) -> None:
+        """Append one event to the audit ledger, in the transaction of the change that it speaks of."""
+        ledger.append(
+            session,
+            action=action,
+            subject_kind=subject_kind,
+            subject_name=subject_name,
+            payload=payload,
+            actor=self.actor,
+            now=self.clock(),
+        )
+
+    @contextmanager
+    def attempt(self, action: str, subject_kind: str, subject_name: str) -> Iterator[None]:
+        """Record in the ledger that an attempted change was refused, and let the refusal through.
+
+        A registry that is itself unusable or busy cannot record, so its own errors pass unrecorded.
+        """
+        try:
+            yield
+        except (RegistryError, RegistryBusyError):
+            raise
+        except NeuronLedgerError as refusal:
+            with self.registry.write() as session:
+                self.record(
+                    session,
+                    "refused",
+                    subject_kind,
+                    subject_name,
+                    {"attempted": action, "error": type(refusal).__name__, "message": str(refusal)},
+                )
+            raise
+
+
+def open_workspace(database: str, actor: str, progress: Progress = no_progress) -> Workspace:
+    """Open an existing registry.
+
+    Raises:
+        RegistryError: there is none, its schema is newer or older than this version, or it cannot be written.
+    """
+    return Workspace(registry=Registry.open(database), actor=actor, progress=progress)
+
+
+@dataclass(frozen=True)
+class CreatedRegistry:
+    """Where a registry is, and where its artifacts and exported ledger heads are kept."""
+
+    url: str
+    directory: Path
+
+
+def create_registry(database: str) -> CreatedRegistry:
+    """Create a registry, or migrate an older one.
+
+    Raises:
+        RegistryError: the place cannot be written, or its schema is newer than this version.
+    """
+    with Registry.open(database, create=True) as registry:
+        return CreatedRegistry(url=registry.url, directory=registry.directory)

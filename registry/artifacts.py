@@ -1,0 +1,177 @@
+"""The content-addressed store: prompt sets, identifications and patches, each a file named by its SHA-256.
+
+A file is written under a temporary name, flushed, and then renamed, so a digest names the whole content or nothing.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from registry.errors import ArtifactError
+from registry.heads import sync_directory
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_TEMPORARY = ".writing"
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class ArtifactStore:
+    """Files in `directory`, at `ab/cdef…` for the digest `abcdef…`."""
+
+    directory: Path
+
+    @contextmanager
+    def writer(self) -> Iterator[Path]:
+        """A temporary path in the store, to be written and then given to `commit`. Removed at exit if it was not.
+
+        Raises:
+            ArtifactError: the store cannot be written.
+        """
+        temporary = self.directory / f"{secrets.token_hex(16)}{_TEMPORARY}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            temporary.touch(mode=0o600)
+        except OSError as error:
+            raise self._not_writable(error) from error
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def commit(self, temporary: Path) -> str:
+        """Flush a file that `writer` gave and move it to its digest.
+
+        Committing content that is there already replaces the file with the same bytes, which also mends a damaged one.
+
+        Returns:
+            the SHA-256 of the content, in hexadecimal.
+
+        Raises:
+            ArtifactError: the store cannot be written.
+        """
+        try:
+            digest = _digest(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o400)
+            target = self._target(digest)
+            if not target.parent.is_dir():
+                target.parent.mkdir(exist_ok=True)
+                sync_directory(self.directory)
+            temporary.replace(target)
+            sync_directory(target.parent)
+        except OSError as error:
+            raise self._not_writable(error) from error
+        return digest
+
+    def put_bytes(self, content: bytes) -> str:
+        """Keep `content` and return its digest.
+
+        Raises:
+            ArtifactError: the store cannot be written.
+        """
+        with self.writer() as temporary:
+            try:
+                temporary.write_bytes(content)
+            except OSError as error:
+                raise self._not_writable(error) from error
+            return self.commit(temporary)
+
+    def path(self, digest: str) -> Path:
+        """Where the artifact lies.
+
+        Raises:
+            ArtifactError: not a digest, or no such artifact.
+        """
+        target = self._target(digest)
+        if not target.is_file():
+            raise ArtifactError(
+                f"the artifact {digest} is not in {self.directory}", "Restore the artifact store from a backup"
+            )
+        return target
+
+    def contains(self, digest: str) -> bool:
+        """Whether there is a file for the digest; its content is not read."""
+        return self._target(digest).is_file()
+
+    def verify(self, digest: str) -> Path:
+        """Read the artifact once, in blocks, and return its path if it has its digest.
+
+        Raises:
+            ArtifactError: missing, unreadable, or changed.
+        """
+        target = self.path(digest)
+        try:
+            found = _digest(target)
+        except OSError as error:
+            raise self._not_readable(digest, error) from error
+        if found != digest:
+            raise self._changed(digest, found)
+        return target
+
+    def read_bytes(self, digest: str) -> bytes:
+        """The content, checked against its digest.
+
+        Raises:
+            ArtifactError: missing, unreadable, or changed.
+        """
+        try:
+            content = self.path(digest).read_bytes()
+        except OSError as error:
+            raise self._not_readable(digest, error) from error
+        found = hashlib.sha256(content).hexdigest()
+        if found != digest:
+            raise self._changed(digest, found)
+        return content
+
+    def list(self) -> tuple[str, ...]:
+        """The digests of all artifacts, sorted."""
+        return tuple(
+            sorted(
+                digest
+                for file in self.directory.glob("??/*")
+                if _DIGEST.fullmatch(digest := file.parent.name + file.name)
+            )
+        )
+
+    def leftovers(self) -> tuple[Path, ...]:
+        """Temporary files of writers that are at work or were killed; only to be removed when no writer is at work."""
+        return tuple(sorted(self.directory.glob(f"*{_TEMPORARY}")))
+
+    def _target(self, digest: str) -> Path:
+        if not _DIGEST.fullmatch(digest):
+            raise ArtifactError(f"{digest!r} is not a SHA-256 digest", "Give 64 hexadecimal digits")
+        return self.directory / digest[:2] / digest[2:]
+
+    def _not_writable(self, error: OSError) -> ArtifactError:
+        return ArtifactError(
+            f"the artifact store {self.directory} cannot be written: {error.strerror}",
+            "Free space, or give yourself write permission",
+        )
+
+    @staticmethod
+    def _not_readable(digest: str, error: OSError) -> ArtifactError:
+        return ArtifactError(
+            f"the artifact {digest} cannot be read: {error.strerror}", "Restore the artifact store from a backup"
+        )
+
+    @staticmethod
+    def _changed(digest: str, found: str) -> ArtifactError:
+        return ArtifactError(
+            f"the artifact {digest} was changed: its content has the digest {found}",
+            "Restore the artifact store from a backup",
+        )
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

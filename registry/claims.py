@@ -1,0 +1,155 @@
+"""Which neurons are protected, and the claims that make them so.
+
+The rule itself is held by the database: the primary key of `protected_neurons` refuses a second claim, and triggers
+refuse to move, overwrite or (while its patch is applied) release one. The functions here plan with that rule and name
+the neuron that breaks it.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from registry.bulk import CHUNK, insert_rows
+from registry.errors import ClaimError, NeuronProtectedError
+from registry.schema import Lineage, ModelModule, Patch, ProtectedDirection, ProtectedNeuron
+
+
+def overlap(
+    wanted: Mapping[int, Iterable[int]], protected: Mapping[int, Collection[int]]
+) -> dict[int, tuple[int, ...]]:
+    """The wanted neurons that are protected already: module id → neurons, ascending. Modules without are left out."""
+    found: dict[int, tuple[int, ...]] = {}
+    for module_id, neurons in wanted.items():
+        taken = protected.get(module_id)
+        if taken and (common := tuple(sorted({neuron for neuron in neurons if neuron in taken}))):
+            found[module_id] = common
+    return found
+
+
+def claim(session: Session, lineage_id: int, patch_id: int, rows: Mapping[int, Iterable[int]]) -> int:
+    """Protect neurons for a patch, inside the session's transaction.
+
+    Args:
+        rows: module id (of the lineage's subject) → neurons. A set: repeats count once.
+
+    Returns:
+        how many neurons were claimed.
+
+    Raises:
+        NeuronProtectedError: one of them is protected already; nothing is claimed.
+        ClaimError: the patch is of another lineage, or a module or neuron is not of the lineage's subject.
+    """
+    wanted = {module_id: sorted(set(neurons)) for module_id, neurons in rows.items()}
+    session.flush()
+    if session.scalar(select(Patch.lineage_id).where(Patch.id == patch_id)) != lineage_id:
+        raise ClaimError(
+            f"patch {patch_id} does not belong to lineage {lineage_id}", "Claim with the lineage's own patch"
+        )
+    _require_rows_of_subject(session, lineage_id, wanted)
+    for module_id, neurons in wanted.items():
+        _require_unprotected(session, lineage_id, module_id, neurons)
+    return insert_rows(session, ProtectedNeuron, _claim_rows(lineage_id, patch_id, wanted))
+
+
+def release(session: Session, patch_id: int) -> int:
+    """Give a patch's claims back, neurons and directions, inside the session's transaction.
+
+    The patch's state has to be other than `applied` by then: the database refuses to release an applied one's claims.
+
+    Returns:
+        how many neurons were released.
+    """
+    session.flush()
+    count = session.scalar(
+        select(func.count()).select_from(ProtectedNeuron).where(ProtectedNeuron.patch_id == patch_id)
+    )
+    for table in (ProtectedNeuron, ProtectedDirection):
+        session.execute(
+            delete(table).where(table.patch_id == patch_id), execution_options={"synchronize_session": False}
+        )
+    return count or 0
+
+
+def protected(session: Session, lineage_id: int) -> dict[int, dict[int, int]]:
+    """Every protected neuron of a lineage: module id → neuron → patch id."""
+    claims: dict[int, dict[int, int]] = {}
+    query = (
+        select(ProtectedNeuron.module_id, ProtectedNeuron.neuron, ProtectedNeuron.patch_id)
+        .where(ProtectedNeuron.lineage_id == lineage_id)
+        .order_by(ProtectedNeuron.module_id, ProtectedNeuron.neuron)
+    )
+    for module_id, neuron, patch_id in session.execute(query.execution_options(yield_per=CHUNK)):
+        claims.setdefault(module_id, {})[neuron] = patch_id
+    return claims
+
+
+def protected_in_module(session: Session, lineage_id: int, module_id: int) -> dict[int, int]:
+    """The protected neurons of one module: neuron → patch id."""
+    query = select(ProtectedNeuron.neuron, ProtectedNeuron.patch_id).where(
+        ProtectedNeuron.lineage_id == lineage_id, ProtectedNeuron.module_id == module_id
+    )
+    return {row.neuron: row.patch_id for row in session.execute(query)}
+
+
+def protected_count(session: Session, lineage_id: int) -> int:
+    """How many neurons of a lineage are protected."""
+    query = select(func.count()).select_from(ProtectedNeuron).where(ProtectedNeuron.lineage_id == lineage_id)
+    return session.scalar(query) or 0
+
+
+def protected_directions(session: Session, lineage_id: int) -> tuple[ProtectedDirection, ...]:
+    """The direction claims of a lineage, oldest first."""
+    query = select(ProtectedDirection).where(ProtectedDirection.lineage_id == lineage_id)
+    return tuple(session.scalars(query.order_by(ProtectedDirection.id)))
+
+
+def _claim_rows(lineage_id: int, patch_id: int, wanted: Mapping[int, Sequence[int]]) -> Iterator[dict[str, Any]]:
+    for module_id, neurons in wanted.items():
+        for neuron in neurons:
+            yield {"lineage_id": lineage_id, "module_id": module_id, "neuron": neuron, "patch_id": patch_id}
+
+
+def _require_rows_of_subject(session: Session, lineage_id: int, wanted: Mapping[int, Sequence[int]]) -> None:
+    query = (
+        select(ModelModule.id, ModelModule.name, ModelModule.out_features)
+        .join(Lineage, Lineage.subject_id == ModelModule.model_id)
+        .where(Lineage.id == lineage_id)
+    )
+    modules = {row.id: row for row in session.execute(query)}
+    for module_id, neurons in wanted.items():
+        module = modules.get(module_id)
+        if module is None:
+            raise ClaimError(
+                f"module {module_id} is not a module of the subject of lineage {lineage_id}",
+                "Claim rows of the subject's modules",
+            )
+        if neurons and not 0 <= neurons[0] <= neurons[-1] < module.out_features:
+            wrong = neurons[0] if neurons[0] < 0 else neurons[-1]
+            raise ClaimError(
+                f"module {module.name} has no neuron {wrong}",
+                f"Claim neurons 0 to {module.out_features - 1} of it",
+            )
+
+
+def _require_unprotected(session: Session, lineage_id: int, module_id: int, neurons: Sequence[int]) -> None:
+    taken = overlap({module_id: neurons}, {module_id: protected_in_module(session, lineage_id, module_id)})
+    if module_id in taken:
+        raise protected_error(session, lineage_id, module_id, taken[module_id][0])
+
+
+def protected_error(session: Session, lineage_id: int, module_id: int, neuron: int) -> NeuronProtectedError:
+    """The error for a second claim, naming the module, the neuron and the patch that holds it."""
+    name = session.scalar(select(ModelModule.name).where(ModelModule.id == module_id)) or f"module {module_id}"
+    holder = session.scalar(
+        select(Patch.sequence)
+        .join(ProtectedNeuron, ProtectedNeuron.patch_id == Patch.id)
+        .where(
+            ProtectedNeuron.lineage_id == lineage_id,
+            ProtectedNeuron.module_id == module_id,
+            ProtectedNeuron.neuron == neuron,
+        )
+    )
+    by = "an applied patch" if holder is None else f"patch {holder}"
+    return NeuronProtectedError(f"neuron {neuron} of {name} is protected by {by}", "Plan again without it")

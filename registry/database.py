@@ -1,0 +1,317 @@
+"""Opening the registry, and its two kinds of session.
+
+SQLite by default: write-ahead log, foreign keys on, synchronous FULL, and BEGIN IMMEDIATE for writers, so that one
+writer is in at a time and reads what the one before it committed. PostgreSQL gets the same from an advisory lock that
+each writing transaction holds. Readers never wait and cannot write.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self
+
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.orm import Session
+
+from registry.artifacts import ArtifactStore
+from registry.claims import protected_error
+from registry.errors import RegistryError
+from registry.failures import claimed_twice, translate
+from registry.heads import Head, HeadFile
+from registry.ledger import APPENDED, append
+from registry.schema import SCHEMA_REVISION, LedgerEvent
+
+DEFAULT_URL = "sqlite:///.neuronledger/registry.db"
+DEFAULT_DIRECTORY = Path(".neuronledger")
+BUSY_SECONDS = 10
+
+_WRITER_LOCK = 0x4E4C_4544_4745_5221
+_MODE = "neuronledger_mode"
+
+
+@dataclass(frozen=True)
+class Registry:
+    """An open registry: the database, the artifact store and the ledger heads beside it.
+
+    Attributes:
+        url: the database URL, without its password.
+        directory: where artifacts and ledger heads lie.
+    """
+
+    url: str
+    engine: Engine
+    directory: Path
+    store: ArtifactStore
+    heads: HeadFile
+
+    @classmethod
+    def open(cls, url: str = DEFAULT_URL, *, create: bool = False, directory: Path | None = None) -> "Registry":
+        """Open a registry of this code's schema.
+
+        Args:
+            url: `sqlite:///PATH`, `postgresql://…` or `postgresql+psycopg://…`.
+            create: make the registry, or bring an older one to this code's schema, first.
+            directory: where artifacts and ledger heads lie; beside the SQLite file, or `.neuronledger`, if left out.
+
+        Raises:
+            RegistryError: missing, not reachable, not writable, of an older or of a newer schema, or not a usable URL.
+            RegistryBusyError: another writer holds it while it is to be created.
+        """
+        address = parse_url(url)
+        directory, heads = _places(address, directory)
+        if create:
+            upgrade(url)
+        elif address.database and _is_sqlite(address) and not Path(address.database).is_file():
+            raise RegistryError(f"there is no registry at {address.database}", "Run `neuronledger init`")
+        engine = _engine(address)
+        registry = cls(_shown(address), engine, directory, ArtifactStore(directory / "artifacts"), HeadFile(heads))
+        try:
+            with registry.read() as session:
+                _require_schema(_revision(session.connection()), registry.url)
+        except BaseException:
+            engine.dispose()
+            raise
+        return registry
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A session in one writing transaction: committed at the end, rolled back on any error.
+
+        After the commit the ledger's head is appended to the head file, if an event was appended.
+
+        Raises:
+            RegistryBusyError: another writer held the registry for longer than ten seconds, or took the patch's
+                sequence number.
+            NeuronProtectedError: a neuron was claimed a second time.
+            RecordExistsError: a name is taken.
+            LedgerError: an event was to be changed or removed.
+            RegistryError: the database cannot be written, or is full, or damaged; or, with the change already
+                committed, the head file cannot be written.
+        """
+        engine = self.engine.execution_options(**{_MODE: "write"})
+        with self._translated(), Session(engine, expire_on_commit=False) as session, session.begin():
+            session.connection()
+            yield session
+        if (head := session.info.pop(APPENDED, None)) is not None:
+            count, digest, at = head
+            self.heads.append(Head(count, digest, at))
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session that sees one state of the registry and cannot write it.
+
+        Raises:
+            RegistryError: the database cannot be read.
+        """
+        options: dict[str, Any] = {_MODE: "read"}
+        if self.engine.dialect.name == "postgresql":
+            options |= {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+        engine = self.engine.execution_options(**options)
+        with self._translated(), Session(engine, autoflush=False) as session:
+            yield session
+
+    def record(
+        self,
+        session: Session,
+        *,
+        action: str,
+        subject_kind: str,
+        subject_name: str,
+        payload: Mapping[str, Any],
+        actor: str,
+        now: datetime | None = None,
+    ) -> LedgerEvent:
+        """Append a ledger event in a session from `write`. See `registry.ledger.append`."""
+        return append(
+            session,
+            action=action,
+            subject_kind=subject_kind,
+            subject_name=subject_name,
+            payload=payload,
+            actor=actor,
+            now=now,
+        )
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            if isinstance(error, IntegrityError) and (key := claimed_twice(error)) is not None:
+                with self.read() as session:
+                    named = protected_error(session, *key)
+                raise named from error
+            if (translated := translate(error, self.url)) is None:
+                raise
+            raise translated from error
+
+
+def upgrade(url: str) -> None:
+    """Create the registry's schema, or bring an older one to this code's, in one transaction.
+
+    Raises:
+        RegistryError: the place cannot be written or reached, or the schema is newer than this code.
+        RegistryBusyError: another writer holds the registry.
+    """
+    address = parse_url(url)
+    if _is_sqlite(address):
+        parent = Path(str(address.database)).parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RegistryError(
+                f"the directory {parent} cannot be made: {error.strerror}", "Choose another place with --database"
+            ) from error
+    engine = _engine(address)
+    try:
+        if _is_sqlite(address):
+            with engine.connect().execution_options(**{_MODE: "plain"}) as connection:
+                # A property of the file, which cannot be changed inside a transaction.
+                connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+        with engine.execution_options(**{_MODE: "write"}).begin() as connection:
+            current = _revision(connection)
+            if current is not None and current > SCHEMA_REVISION:
+                _require_schema(current, _shown(address))
+            if current != SCHEMA_REVISION:
+                _migrate(connection)
+    except DBAPIError as error:
+        if (translated := translate(error, _shown(address))) is None:
+            raise
+        raise translated from error
+    finally:
+        engine.dispose()
+
+
+def parse_url(url: str) -> URL:
+    """The database URL, with PostgreSQL's driver filled in and `~` expanded.
+
+    Raises:
+        RegistryError: not a URL, another database, or a SQLite database in memory.
+    """
+    mend = "Give sqlite:///PATH or postgresql://USER@HOST/DATABASE"
+    try:
+        address = make_url(url)
+    except ArgumentError as error:
+        raise RegistryError("the registry's URL is not a database URL", mend) from error
+    if address.drivername in {"postgresql", "postgres", "postgresql+psycopg"}:
+        return address.set(drivername="postgresql+psycopg")
+    if address.drivername not in {"sqlite", "sqlite+pysqlite"}:
+        raise RegistryError(f"the registry cannot be kept in {address.drivername}", mend)
+    if not address.database or address.database == ":memory:" or address.database.startswith("file:"):
+        raise RegistryError("a registry has to be a file, and its URL names none", mend)
+    return address.set(database=str(Path(address.database).expanduser()))
+
+
+def migrations_directory() -> Path:
+    """Where the Alembic environment lies, in a checkout as in an installed wheel."""
+    found = importlib.util.find_spec("migrations")
+    places = list(found.submodule_search_locations or ()) if found else []
+    if not places:
+        raise RegistryError("the migrations are missing from this installation", "Install neuronledger again")
+    return Path(places[0])
+
+
+def _migrate(connection: Connection) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    configuration = Config()
+    configuration.set_main_option("script_location", str(migrations_directory()).replace("%", "%%"))
+    configuration.attributes["connection"] = connection
+    command.upgrade(configuration, "head")
+
+
+def _engine(address: URL) -> Engine:
+    if _is_sqlite(address):
+        engine = create_engine(address, connect_args={"timeout": BUSY_SECONDS})
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+        return engine
+    try:
+        engine = create_engine(address)
+    except ModuleNotFoundError as error:
+        raise RegistryError(
+            "a registry in PostgreSQL needs the package psycopg", "Run `pip install 'neuronledger[postgresql]'`"
+        ) from error
+    event.listen(engine, "begin", _begin_postgresql)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # the driver would begin transactions late, and never IMMEDIATE
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    mode = connection.get_execution_options().get(_MODE)
+    if mode == "plain":
+        return
+    connection.exec_driver_sql(f"PRAGMA query_only = {'OFF' if mode == 'write' else 'ON'}")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if mode == "write" else "BEGIN")
+
+
+def _begin_postgresql(connection: Connection) -> None:
+    if connection.get_execution_options().get(_MODE) == "write":
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{BUSY_SECONDS}s'")
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})")
+
+
+def _revision(connection: Connection) -> str | None:
+    """The schema's revision, or None for a database without one."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    return revision
+
+
+def _require_schema(revision: str | None, place: str) -> None:
+    if revision == SCHEMA_REVISION:
+        return
+    if revision is None:
+        raise RegistryError(f"{place} holds no registry", "Run `neuronledger init`")
+    if revision > SCHEMA_REVISION:
+        raise RegistryError(
+            f"the registry {place} has schema {revision}, and this neuronledger knows up to {SCHEMA_REVISION}",
+            "Upgrade neuronledger",
+        )
+    raise RegistryError(
+        f"the registry {place} has the older schema {revision}", "Run `neuronledger init` to migrate it"
+    )
+
+
+def _places(address: URL, directory: Path | None) -> tuple[Path, Path]:
+    """The directory of artifacts, and the head file: one per database, so that two in one directory do not mix."""
+    if _is_sqlite(address):
+        file = Path(str(address.database))
+        directory = directory or file.parent
+        name = "ledger-heads.jsonl" if file.stem == "registry" else f"{file.stem}.ledger-heads.jsonl"
+    else:
+        directory = directory or DEFAULT_DIRECTORY
+        name = f"{address.database or 'postgresql'}.ledger-heads.jsonl".replace("/", "_")
+    return directory, directory / name
+
+
+def _is_sqlite(address: URL) -> bool:
+    return address.get_backend_name() == "sqlite"
+
+
+def _shown(address: URL) -> str:
+    return address.render_as_string(hide_password=True)

@@ -1,0 +1,194 @@
+"""Finding records by name, and a lineage's patches in order."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import TypeVar
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from registry.errors import RecordExistsError, RecordNotFoundError
+from registry.schema import (
+    Evaluation,
+    Identification,
+    Lineage,
+    LineageFile,
+    LineageTensor,
+    Model,
+    ModelModule,
+    Patch,
+    PatchState,
+    PromptSet,
+    Purpose,
+    SafetyDimension,
+)
+
+Named = TypeVar("Named", Model, SafetyDimension, Lineage)
+
+_WORDS: dict[type, tuple[str, str]] = {
+    Model: ("model", "Run `neuronledger model register`"),
+    SafetyDimension: ("dimension", "Run `neuronledger dimension register`"),
+    Lineage: ("lineage", "Run `neuronledger lineage create`"),
+}
+
+
+def get_model(session: Session, name: str) -> Model:
+    """The model of that name.
+
+    Raises:
+        RecordNotFoundError: there is none; the message lists the nearest names.
+    """
+    return _get(session, Model, name)
+
+
+def get_dimension(session: Session, name: str) -> SafetyDimension:
+    """The safety dimension of that name.
+
+    Raises:
+        RecordNotFoundError: there is none; the message lists the nearest names.
+    """
+    return _get(session, SafetyDimension, name)
+
+
+def get_lineage(session: Session, name: str) -> Lineage:
+    """The lineage of that name.
+
+    Raises:
+        RecordNotFoundError: there is none; the message lists the nearest names.
+    """
+    return _get(session, Lineage, name)
+
+
+def require_absent(session: Session, table: type[Named], name: str) -> None:
+    """Check that a name is free.
+
+    Raises:
+        RecordExistsError: it is taken.
+    """
+    if session.scalar(select(table.id).where(table.name == name)) is not None:
+        raise RecordExistsError(f"there is a {_WORDS[table][0]} named {name!r} already", "Choose another name")
+
+
+def list_models(session: Session) -> tuple[Model, ...]:
+    """All models, oldest first."""
+    return tuple(session.scalars(select(Model).order_by(Model.id)))
+
+
+def list_dimensions(session: Session) -> tuple[SafetyDimension, ...]:
+    """All safety dimensions, oldest first."""
+    return tuple(session.scalars(select(SafetyDimension).order_by(SafetyDimension.id)))
+
+
+def list_lineages(session: Session) -> tuple[Lineage, ...]:
+    """All lineages, oldest first."""
+    return tuple(session.scalars(select(Lineage).order_by(Lineage.id)))
+
+
+def prompt_sets(
+    session: Session, *, dimension_id: int | None = None, purpose: Purpose | None = None
+) -> tuple[PromptSet, ...]:
+    """Prompt sets, oldest first, of one dimension or purpose where given."""
+    query = select(PromptSet).order_by(PromptSet.id)
+    if dimension_id is not None:
+        query = query.where(PromptSet.dimension_id == dimension_id)
+    if purpose is not None:
+        query = query.where(PromptSet.purpose == purpose)
+    return tuple(session.scalars(query))
+
+
+def modules(session: Session, model_id: int) -> tuple[ModelModule, ...]:
+    """A model's linear modules, in order."""
+    query = select(ModelModule).where(ModelModule.model_id == model_id)
+    return tuple(session.scalars(query.order_by(ModelModule.position)))
+
+
+def module_ids(session: Session, model_id: int) -> dict[str, int]:
+    """Module name → id of a model's linear modules, in order."""
+    return {module.name: module.id for module in modules(session, model_id)}
+
+
+def lineage_files(session: Session, lineage_id: int) -> dict[str, LineageFile]:
+    """File name → the working checkpoint's file, as last recorded."""
+    query = select(LineageFile).where(LineageFile.lineage_id == lineage_id).order_by(LineageFile.file)
+    return {file.file: file for file in session.scalars(query)}
+
+
+def lineage_tensors(session: Session, lineage_id: int) -> dict[str, LineageTensor]:
+    """Tensor name → the working checkpoint's tensor, as last recorded."""
+    query = select(LineageTensor).where(LineageTensor.lineage_id == lineage_id).order_by(LineageTensor.name)
+    return {tensor.name: tensor for tensor in session.scalars(query)}
+
+
+def list_patches(session: Session, lineage_id: int, states: Iterable[PatchState] | None = None) -> tuple[Patch, ...]:
+    """A lineage's patches in sequence order, in the given states only where given."""
+    query = select(Patch).where(Patch.lineage_id == lineage_id).order_by(Patch.sequence)
+    if states is not None:
+        query = query.where(Patch.state.in_(tuple(states)))
+    return tuple(session.scalars(query))
+
+
+def applied_patches(session: Session, lineage_id: int) -> tuple[Patch, ...]:
+    """The patches that the working checkpoint holds, in sequence order."""
+    return list_patches(session, lineage_id, ("applied",))
+
+
+def unfinished_patches(session: Session, lineage_id: int | None = None) -> tuple[Patch, ...]:
+    """Patches that were being applied or reverted when their process ended: what recovery has to see to."""
+    query = select(Patch).where(Patch.state.in_(("applying", "reverting"))).order_by(Patch.id)
+    if lineage_id is not None:
+        query = query.where(Patch.lineage_id == lineage_id)
+    return tuple(session.scalars(query))
+
+
+def get_patch(session: Session, lineage: Lineage, sequence: int) -> Patch:
+    """The patch of that number.
+
+    Raises:
+        RecordNotFoundError: there is none; the message lists the numbers that there are.
+    """
+    query = select(Patch).where(Patch.lineage_id == lineage.id, Patch.sequence == sequence)
+    if (patch := session.scalar(query)) is not None:
+        return patch
+    known = session.scalars(select(Patch.sequence).where(Patch.lineage_id == lineage.id).order_by(Patch.sequence)).all()
+    mend = f"Its patches are {', '.join(map(str, known))}" if known else "Run `neuronledger patch apply`"
+    raise RecordNotFoundError(f"lineage {lineage.name!r} has no patch {sequence}", mend)
+
+
+def next_sequence(session: Session, lineage_id: int) -> int:
+    """The number of the next patch; rejected and reverted patches keep theirs."""
+    return (session.scalar(select(func.max(Patch.sequence)).where(Patch.lineage_id == lineage_id)) or 0) + 1
+
+
+def latest_identification(
+    session: Session, lineage_id: int, dimension_id: int, *, state_digest: str | None = None
+) -> Identification | None:
+    """The newest identification of a dimension in a lineage, of one state of its weights where given."""
+    query = select(Identification).where(
+        Identification.lineage_id == lineage_id, Identification.dimension_id == dimension_id
+    )
+    if state_digest is not None:
+        query = query.where(Identification.state_digest == state_digest)
+    return session.scalar(query.order_by(Identification.id.desc()).limit(1))
+
+
+def evaluations(
+    session: Session, lineage_id: int, *, patch_id: int | None = None, dimension_id: int | None = None
+) -> tuple[Evaluation, ...]:
+    """A lineage's evaluations, oldest first, of one patch or dimension where given."""
+    query = select(Evaluation).where(Evaluation.lineage_id == lineage_id).order_by(Evaluation.id)
+    if patch_id is not None:
+        query = query.where(Evaluation.patch_id == patch_id)
+    if dimension_id is not None:
+        query = query.where(Evaluation.dimension_id == dimension_id)
+    return tuple(session.scalars(query))
+
+
+def _get(session: Session, table: type[Named], name: str) -> Named:
+    record = session.scalar(select(table).where(table.name == name))
+    if record is None:
+        word, register = _WORDS[table]
+        known = sorted(session.scalars(select(table.name)))
+        near = get_close_matches(name, known, n=3, cutoff=0.5) or known[:5]
+        mend = f"Did you mean {', '.join(near)}" if near else f"None is registered yet. {register}"
+        raise RecordNotFoundError(f"there is no {word} named {name!r}", mend)
+    return record

@@ -1,0 +1,533 @@
+"""Checkpoints are read exactly, and nothing hostile or damaged in them does more than raise an error by name."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from algorithms import checkpoints
+from algorithms.checkpoints import Checkpoint, find_nonfinite, read_stored, require_finite
+from algorithms.errors import CheckpointError, NonFiniteError, UnsupportedModelError
+from algorithms.safetensors_files import MAX_HEADER_BYTES, read_header
+from tests import tiny_models
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save_model(tmp_path_factory.mktemp("whole"), dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save_model(tmp_path_factory.mktemp("sharded"), shard_size=6000)
+
+
+def copy_of(source: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "model"))
+
+
+def safetensors_bytes(header: Any, data: bytes = b"") -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + data
+
+
+# --- what is read ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tensors_rows_and_columns_are_read_exactly(tmp_path, dtype):
+    path = tiny_models.save_model(tmp_path, dtype=dtype)
+    checkpoint, reference = Checkpoint.open(path), load_file(path / WEIGHTS)
+    assert set(checkpoint.tensors) == set(reference)
+    for name, expected in reference.items():
+        stored = checkpoint.tensors[name]
+        found = checkpoint.read(name)
+        assert found.dtype == dtype
+        assert torch.equal(found, expected)
+        assert torch.equal(checkpoint.read(name, 1, 5), expected[1:5])
+        assert torch.equal(checkpoint.read(name, 3), expected[3:])
+        assert torch.equal(checkpoint.read(name, None, 0), expected[:0])
+        raw = (path / stored.file).read_bytes()[stored.begin : stored.end]
+        assert raw == expected.view(torch.uint8).numpy().tobytes()
+        if expected.dim() == 2:
+            assert torch.equal(checkpoint.read_columns(name, 2, 7), expected[:, 2:7])
+
+
+def test_reads_are_copies(whole):
+    checkpoint = Checkpoint.open(whole)
+    checkpoint.read("model.norm.weight").zero_()
+    assert checkpoint.read("model.norm.weight").abs().sum() > 0
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 65), (3, 2), (65, 65)])
+def test_rows_outside_a_tensor_are_refused(whole, start, stop):
+    checkpoint = Checkpoint.open(whole)
+    with pytest.raises(IndexError):
+        checkpoint.read("model.embed_tokens.weight", start, stop)
+    with pytest.raises(IndexError):
+        checkpoint.read_columns("lm_head.weight", start, stop)
+
+
+def test_columns_of_a_vector_are_refused(whole):
+    with pytest.raises(IndexError, match="not two dimensions"):
+        Checkpoint.open(whole).read_columns("model.norm.weight", 0, 1)
+
+
+def test_scalars_and_empty_tensors_are_read(tmp_path):
+    tensors = {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "x": torch.arange(4.0)}
+    save_file(tensors, tmp_path / WEIGHTS)
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
+    with pytest.raises(IndexError):
+        checkpoint.read("scalar", 0, 1)
+
+
+def test_shards_are_one_checkpoint(sharded):
+    checkpoint = Checkpoint.open(sharded)
+    assert len(checkpoint.weight_files) > 2
+    assert list(checkpoint.weight_files) == sorted(path.name for path in sharded.glob("*.safetensors"))
+    model = tiny_models.load_model(sharded)
+    assert set(checkpoint.tensors) == set(model.state_dict())
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in model.state_dict().items())
+    assert all(metadata == {"format": "pt"} for metadata in checkpoint.metadata.values())
+
+
+def test_the_hugging_face_cache_is_read_through_its_links(sharded, tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "revision"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(sharded.iterdir())):
+        shutil.copyfile(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+    checkpoint, direct = Checkpoint.open(snapshot), Checkpoint.open(sharded)
+    assert checkpoint.tensors == direct.tensors
+    assert torch.equal(checkpoint.read("lm_head.weight"), direct.read("lm_head.weight"))
+
+
+def test_an_unknown_tensor_is_named(whole):
+    with pytest.raises(CheckpointError, match="no tensor nothing"):
+        Checkpoint.open(whole).read("nothing")
+
+
+# --- which directories are refused ---
+
+
+def test_a_path_that_is_no_directory_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "missing", tmp_path / "file"):
+        with pytest.raises(CheckpointError, match="not a directory"):
+            Checkpoint.open(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '"text"', '{"a": 1, "a": 2}', '{"a": {"b": 1, "b": 2}}', "[" * 10_000, b"\xff{}",
+     "9" * 5000],
+)  # fmt: skip
+def test_a_damaged_config_is_refused(whole, tmp_path, content):
+    path = copy_of(whole, tmp_path)
+    (path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Checkpoint.open(path)
+
+
+def test_a_missing_config_is_refused(whole, tmp_path):
+    path = copy_of(whole, tmp_path)
+    (path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
+def test_a_pipe_in_place_of_a_file_does_not_block(whole, tmp_path, name):
+    path = copy_of(whole, tmp_path)
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "tf_model.h5", "model-Q4.gguf"])
+def test_weights_that_are_no_safetensors_are_refused_unopened(whole, tmp_path, name):
+    path = copy_of(whole, tmp_path)
+    (path / WEIGHTS).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(UnsupportedModelError, match=f"{name}.*safe_serialization"):
+        Checkpoint.open(path)
+
+
+def test_a_pickle_beside_safetensors_is_never_opened(whole, tmp_path):
+    path = copy_of(whole, tmp_path)
+    os.mkfifo(path / "pytorch_model.bin")
+    assert Checkpoint.open(path).tensors == Checkpoint.open(whole).tensors
+
+
+def test_a_directory_without_weights_is_refused(whole, tmp_path):
+    path = copy_of(whole, tmp_path)
+    (path / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        Checkpoint.open(path)
+    save_file({}, path / WEIGHTS)
+    with pytest.raises(CheckpointError, match="holds no tensor"):
+        Checkpoint.open(path)
+
+
+# --- index ---
+
+
+@pytest.mark.parametrize(
+    "file", ["../model.safetensors", "/etc/model.safetensors", "sub/x.safetensors", "..\\x.safetensors", "..", ".", "",
+             "x\0.safetensors", 3, None, ["x"]],
+)  # fmt: skip
+def test_an_index_cannot_name_files_outside_its_directory(sharded, tmp_path, file):
+    path = copy_of(sharded, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"outside")
+    index = json.loads((path / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = file
+    (path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="not a file of its directory"):
+        Checkpoint.open(path)
+
+
+def test_an_index_of_pickles_is_refused(sharded, tmp_path):
+    path = copy_of(sharded, tmp_path)
+    (path / INDEX).write_text('{"weight_map": {"lm_head.weight": "pytorch_model-00001-of-00002.bin"}}')
+    with pytest.raises(UnsupportedModelError, match="not a safetensors file"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"weight_map": {}}', '{"weight_map": []}', "[", '{"weight_map": {"a": "b", "a": "c"}}']
+)
+def test_a_damaged_index_is_refused(sharded, tmp_path, content):  # fmt: skip
+    path = copy_of(sharded, tmp_path)
+    (path / INDEX).write_text(content)
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        Checkpoint.open(path)
+
+
+def test_a_missing_shard_is_named(sharded, tmp_path):
+    path = copy_of(sharded, tmp_path)
+    shard = sorted(path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"{shard.name} is missing"):
+        Checkpoint.open(path)
+
+
+def test_shards_without_their_index_are_refused(sharded, tmp_path):
+    path = copy_of(sharded, tmp_path)
+    (path / INDEX).unlink()
+    with pytest.raises(CheckpointError, match=f"neither {WEIGHTS} nor"):
+        Checkpoint.open(path)
+
+
+def test_a_tensor_that_the_index_puts_elsewhere_is_named(sharded, tmp_path):
+    path = copy_of(sharded, tmp_path)
+    index = json.loads((path / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    absent = {**index["weight_map"], "model.layers.9.weight": files[0]}
+    (path / INDEX).write_text(json.dumps({"weight_map": absent}))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.9\.weight is not in"):
+        Checkpoint.open(path)
+    moved = {**index["weight_map"]}
+    moved["lm_head.weight"] = next(file for file in files if file != moved["lm_head.weight"])
+    (path / INDEX).write_text(json.dumps({"weight_map": moved}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not in"):
+        Checkpoint.open(path)
+
+
+def test_a_tensor_that_the_index_leaves_out_is_named(sharded, tmp_path):
+    path = copy_of(sharded, tmp_path)
+    index = json.loads((path / INDEX).read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight .* is not named by the index"):
+        Checkpoint.open(path)
+
+
+def test_a_tensor_in_two_shards_is_named(sharded, tmp_path):
+    path = copy_of(sharded, tmp_path)
+    first, second = sorted(path.glob("*.safetensors"))[:2]
+    tensors = load_file(first)
+    save_file({**load_file(second), **tensors}, second)
+    with pytest.raises(CheckpointError, match="stands in both"):
+        Checkpoint.open(path)
+
+
+def test_an_index_beside_an_unrelated_single_file_is_ambiguous(sharded, tmp_path):
+    path = copy_of(sharded, tmp_path)
+    save_file({"x": torch.zeros(1)}, path / WEIGHTS)
+    with pytest.raises(CheckpointError, match="ambiguous"):
+        Checkpoint.open(path)
+
+
+def test_an_index_of_the_single_file_is_accepted(whole, tmp_path):
+    path = copy_of(whole, tmp_path)
+    names = Checkpoint.open(path).tensors
+    (path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, WEIGHTS)}))
+    assert Checkpoint.open(path).tensors == names
+
+
+# --- quantised weights ---
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_quantisation_config_is_refused(whole, tmp_path, key, nested):
+    path = copy_of(whole, tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    quantised = {key: {"quant_method": "bitsandbytes"}}
+    config.update({"text_config": quantised} if nested else quantised)
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="quantised"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", torch.zeros(24, 16, dtype=torch.int8)),
+        ("model.layers.0.mlp.up_proj.weight", torch.zeros(24, 16, dtype=torch.uint8)),
+        ("model.layers.0.mlp.up_proj.weight", torch.zeros(24, 16, dtype=torch.float8_e4m3fn)),
+        ("model.layers.0.mlp.up_proj.weight", torch.zeros(24, 16, dtype=torch.float8_e5m2)),
+        ("model.layers.0.mlp.up_proj.weight", torch.zeros(24, 16, dtype=torch.float64)),
+        ("model.layers.0.mlp.up_proj.qweight", torch.zeros(24, 16)),
+        ("model.layers.0.mlp.up_proj.weight_scale", torch.zeros(1)),
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", torch.zeros(1)),
+        ("model.layers.0.mlp.up_proj.weight.absmax", torch.zeros(1)),
+        ("model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4", torch.zeros(1)),
+        ("model.layers.0.mlp.up_proj.SCB", torch.zeros(1)),
+        ("model.layers.0.mlp.experts.gate_up_proj_blocks", torch.zeros(1)),
+        ("model.layers.0.mlp.up_proj.weight_packed", torch.zeros(1)),
+    ],
+)
+def test_quantised_tensors_are_refused_by_name(whole, tmp_path, name, tensor):
+    path = copy_of(whole, tmp_path)
+    save_file({**load_file(path / WEIGHTS), name: tensor}, path / WEIGHTS)
+    with pytest.raises(UnsupportedModelError, match=name.replace(".", r"\.")):
+        Checkpoint.open(path)
+
+
+# --- NaN and infinity ---
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_the_first_nonfinite_tensor_is_found_wherever_it_is(sharded, tmp_path, monkeypatch, value):
+    monkeypatch.setattr(checkpoints, "BLOCK_BYTES", 100)
+    path = copy_of(sharded, tmp_path)
+    assert find_nonfinite(Checkpoint.open(path)) is None
+    file = max(path.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if tensor.dim() == 2)
+    tensors[name][-1, -1] = value
+    save_file(tensors, file)
+    assert find_nonfinite(Checkpoint.open(path)) == name
+    with pytest.raises(NonFiniteError, match=name):
+        require_finite(tensors[name], name, path)
+    require_finite(torch.zeros(2), name, path)
+
+
+def test_a_nonfinite_scalar_is_found(tmp_path):
+    save_file({"scalar": torch.tensor(float("nan"))}, tmp_path / WEIGHTS)
+    (tmp_path / "config.json").write_text("{}")
+    assert find_nonfinite(Checkpoint.open(tmp_path)) == "scalar"
+
+
+# --- damaged and hostile files ---
+
+
+def test_a_file_truncated_anywhere_is_refused(tmp_path):
+    path = tmp_path / WEIGHTS
+    save_file({"a": torch.arange(5.0), "b": torch.zeros(2, 2)}, path)
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=WEIGHTS):
+            read_header(path)
+    path.write_bytes(content + b"\0")
+    with pytest.raises(CheckpointError, match="belong to no tensor"):
+        read_header(path)
+    path.write_bytes(content)
+    assert list(read_header(path).tensors) == ["a", "b"]
+
+
+def test_a_file_that_shrinks_after_opening_is_an_error_not_a_crash(whole, tmp_path):
+    path = copy_of(whole, tmp_path)
+    checkpoint = Checkpoint.open(path)
+    os.truncate(path / WEIGHTS, 4000)
+    last = max(checkpoint.tensors.values(), key=lambda tensor: tensor.end)
+    with pytest.raises(CheckpointError, match="early"):
+        checkpoint.read(last.name)
+    (path / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.read(last.name)
+
+
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+EIGHT = bytes(8)
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "empty file": (b"", "too few"),
+    "header longer than the file": ((10**6).to_bytes(8, "little") + b"{}", "declares a header"),
+    "header over 100 MB": ((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "declares a header"),
+    "header of 2**64 - 1 bytes": (b"\xff" * 8 + b"{}", "declares a header"),
+    "empty header": (bytes(8), "does not begin"),
+    "leading space": (safetensors_bytes(b" {}"), "does not begin"),
+    "no JSON": (safetensors_bytes(b"{"), "valid JSON"),
+    "no UTF-8": (safetensors_bytes(b'{"\xff": 1}'), "valid JSON"),
+    "deep nesting": (safetensors_bytes(b'{"a":' + b"[" * 50_000), "valid JSON"),
+    "trailing text": (safetensors_bytes(b"{} {}"), "valid JSON"),
+    "long number": (safetensors_bytes(b'{"a":' + b"9" * 5000 + b"}"), "valid JSON"),
+    "lone surrogate": (safetensors_bytes(b'{"\\ud800": {}}'), "valid JSON"),
+    "repeated tensor": (
+        safetensors_bytes(f'{{"a": {json.dumps(GOOD)}, "a": {json.dumps(GOOD)}}}'.encode(), EIGHT),
+        "repeats the key 'a'",
+    ),
+    "repeated field": (
+        safetensors_bytes(b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', EIGHT),
+        "repeats the key 'dtype'",
+    ),
+    "metadata of numbers": (safetensors_bytes({"__metadata__": {"a": 1}}), "__metadata__"),
+    "metadata list": (safetensors_bytes({"__metadata__": []}), "__metadata__"),
+    "tensor no object": (safetensors_bytes({"a": [1]}), "not described"),
+    "missing field": (safetensors_bytes({"a": {"dtype": "F32", "shape": []}}), "not described"),
+    "extra field": (safetensors_bytes({"a": {**GOOD, "x": 1}}, EIGHT), "not described"),
+    "unknown dtype": (safetensors_bytes({"a": {**GOOD, "dtype": "F31"}}, EIGHT), "unknown dtype"),
+    "dtype list": (safetensors_bytes({"a": {**GOOD, "dtype": ["F32"]}}, EIGHT), "unknown dtype"),
+    "negative shape": (safetensors_bytes({"a": {**GOOD, "shape": [-2]}}, EIGHT), "impossible shape"),
+    "fractional shape": (safetensors_bytes({"a": {**GOOD, "shape": [2.0]}}, EIGHT), "impossible shape"),
+    "boolean shape": (safetensors_bytes({"a": {**GOOD, "shape": [True, 2]}}, EIGHT), "impossible shape"),
+    "shape no list": (safetensors_bytes({"a": {**GOOD, "shape": 2}}, EIGHT), "impossible shape"),
+    "shape beyond 64 bits": (safetensors_bytes({"a": {**GOOD, "shape": [2**64, 0]}}, EIGHT), "impossible shape"),
+    "product beyond 64 bits": (safetensors_bytes({"a": {**GOOD, "shape": [2**32] * 1000}}, EIGHT), "8 bytes"),
+    "shape of other size": (safetensors_bytes({"a": {**GOOD, "shape": [3]}}, EIGHT), "but 8 bytes"),
+    "zero shape with bytes": (safetensors_bytes({"a": {**GOOD, "shape": [0]}}, EIGHT), "but 8 bytes"),
+    "half bytes": (
+        safetensors_bytes({"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}}, b"\0"), "but 1 bytes"
+    ),
+    "negative offset": (safetensors_bytes({"a": {**GOOD, "data_offsets": [-8, 0]}}, EIGHT), "impossible offsets"),
+    "three offsets": (safetensors_bytes({"a": {**GOOD, "data_offsets": [0, 8, 8]}}, EIGHT), "impossible offsets"),
+    "offsets reversed": (safetensors_bytes({"a": {**GOOD, "data_offsets": [8, 0]}}, EIGHT), "lies at bytes"),
+    "offset beyond the file": (safetensors_bytes({"a": {**GOOD, "data_offsets": [0, 8]}}, bytes(7)), "lies at bytes"),
+    "hole at the start": (safetensors_bytes({"a": {**GOOD, "data_offsets": [4, 12]}}, bytes(12)), "hole"),
+    "hole between": (
+        safetensors_bytes({"a": GOOD, "b": {**GOOD, "data_offsets": [12, 20]}}, bytes(20)), "b .* hole"
+    ),
+    "overlap": (safetensors_bytes({"a": GOOD, "b": {**GOOD, "data_offsets": [4, 12]}}, bytes(12)), "b .* overlaps"),
+    "same bytes twice": (safetensors_bytes({"a": GOOD, "b": GOOD}, EIGHT), "overlaps"),
+    "bytes after the last tensor": (safetensors_bytes({"a": GOOD}, bytes(9)), "1 bytes that belong to no tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_a_hostile_header_is_refused_by_name(tmp_path, attack):
+    content, message = HOSTILE[attack]
+    path = tmp_path / WEIGHTS
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_header(path)
+
+
+def test_a_huge_declared_header_takes_no_memory(tmp_path):
+    path = tmp_path / WEIGHTS
+    path.write_bytes((MAX_HEADER_BYTES - 1).to_bytes(8, "little"))
+    with pytest.raises(CheckpointError, match="declares a header"):
+        read_header(path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=5), children, max_size=4),
+    max_leaves=8,
+)
+counts = st.integers(-1, 40) | st.sampled_from([2**31, 2**63, 2**64, 10**30])
+entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "F16", "U8", "F4", "F6_E2M3", "C64", "X"]),
+        "shape": st.lists(st.integers(0, 4) | counts, max_size=3),
+        "data_offsets": st.lists(counts, min_size=1, max_size=3),
+    }
+)
+headers = st.dictionaries(
+    st.text(max_size=4) | st.just("__metadata__"), entries | json_values, max_size=4
+)  # fmt: skip
+
+
+@st.composite
+def consistent_files(draw: st.DrawFn) -> bytes:
+    """Files whose offsets are laid end to end, then perhaps changed in one place: near the border of validity."""
+    header, position = {}, 0
+    for number in range(draw(st.integers(0, 4))):
+        dtype, size = draw(st.sampled_from([("F32", 4), ("BF16", 2), ("U8", 1), ("F64", 8)]))
+        shape = draw(st.lists(st.integers(0, 3), max_size=3))
+        end = position + size * torch.Size(shape).numel()
+        header[f"t{number}"] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
+        position = end
+    raw = bytearray(safetensors_bytes(header, bytes(position)))
+    for _ in range(draw(st.integers(0, 2))):
+        raw[draw(st.integers(0, len(raw) - 1))] = draw(st.integers(0, 255))
+    return bytes(raw) + draw(st.sampled_from([b"", b"", b"\0"]))
+
+
+fuzz = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def check_fuzzed(path: Path, content: bytes) -> None:
+    """Either the one error, or a header that safetensors reads alike and whose every tensor can be read in bounds."""
+    path.write_bytes(content)
+    try:
+        header = read_header(path)
+    except CheckpointError:
+        return
+    with safe_open(path, framework="np") as file:
+        assert set(file.keys()) == set(header.tensors)
+    position = header.data_begin
+    for name, tensor in header.tensors.items():
+        assert tensor.name == name
+        assert tensor.begin == position
+        position = tensor.end
+        if tensor.dtype in checkpoints.TORCH_DTYPES:
+            assert read_stored(path.parent, tensor).shape == tensor.shape
+    assert position == len(content) == header.size
+
+
+@fuzz
+@given(content=st.binary(max_size=200))
+def test_random_bytes_never_do_more_than_raise(tmp_path, content):
+    check_fuzzed(tmp_path / WEIGHTS, content)
+
+
+@fuzz
+@given(header=headers, data=st.binary(max_size=40))
+def test_random_headers_never_do_more_than_raise(tmp_path, header, data):
+    check_fuzzed(tmp_path / WEIGHTS, safetensors_bytes(header, data))
+
+
+@fuzz
+@given(content=consistent_files())
+def test_nearly_valid_files_never_do_more_than_raise(tmp_path, content):
+    check_fuzzed(tmp_path / WEIGHTS, content)
+
+
+@fuzz
+@given(content=consistent_files())
+def test_what_safetensors_refuses_is_refused(tmp_path, content):
+    path = tmp_path / WEIGHTS
+    path.write_bytes(content)
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError:
+        with pytest.raises(CheckpointError):
+            read_header(path)

@@ -1,0 +1,126 @@
+"""The operator C, and the leading directions of a Gram matrix."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from algorithms import differences, projection
+from algorithms.differences import Difference
+from algorithms.projection import SafetyProjection, largest_singular_value, leading_directions
+from tests.algorithms.fakes import full, lora, low_rank, noise
+
+shapes = st.tuples(st.integers(2, 14), st.integers(2, 14))
+seeds = st.integers(0, 10_000)
+
+
+def directions(shape: tuple[int, int], seed: int, *, factored: bool, scale: float) -> Difference:
+    base = full("base", m=noise(*shape, seed=seed))
+    if factored:
+        factors = low_rank(*shape, 3, seed=seed, scale=scale)
+        return Difference(lora("aligned", base, m=factors), base, "m")
+    return Difference(full("aligned", m=base.weights["m"] + noise(*shape, seed=seed + 1, scale=scale)), base, "m")
+
+
+def operator(C: SafetyProjection) -> Tensor:
+    """C itself, from its action on the identity."""
+    outputs = C.V.shape[0]
+    return C.of(lambda index: torch.eye(outputs)[index], outputs).rows(torch.arange(outputs))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shapes,
+    seeds,
+    st.booleans(),
+    st.sampled_from(["fro", "numel", "in", "orthogonal"]),
+    st.sampled_from([0.01, 1.0, 30.0]),
+)
+def test_the_operator_is_symmetric_positive_and_never_expands(
+    shape: tuple[int, int], seed: int, factored: bool, normalization: Any, scale: float
+) -> None:
+    V = directions(shape, seed, factored=factored, scale=scale)
+    C = operator(SafetyProjection(V, normalization, 0.8)).double()
+    largest = float(C.abs().max())
+    assert float((C - C.T).abs().max()) <= 1e-5 * largest
+    eigenvalues = torch.linalg.eigvalsh((C + C.T) / 2)
+    assert float(eigenvalues[0]) >= -1e-5 * largest
+    assert float(eigenvalues[-1]) <= 1 + 1e-5
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, seeds, st.booleans(), st.floats(0.05, 1.0))
+def test_the_orthogonal_operator_is_idempotent_and_holds_its_energy(
+    shape: tuple[int, int], seed: int, factored: bool, energy: float
+) -> None:
+    V = directions(shape, seed, factored=factored, scale=1.0)
+    C = operator(SafetyProjection(V, "orthogonal", energy)).double()
+    assert float((C @ C - C).abs().max()) < 1e-5
+    dense = V.rows(slice(0, shape[0])).double()
+    held = (C @ dense).square().sum() / dense.square().sum()
+    assert float(held) >= energy - 1e-5
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, seeds, st.booleans())
+def test_the_largest_singular_value_is_the_one_of_a_full_decomposition(
+    shape: tuple[int, int], seed: int, factored: bool
+) -> None:
+    V = directions(shape, seed, factored=factored, scale=1.0)
+    exact = float(torch.linalg.svdvals(V.rows(slice(0, shape[0])).double())[0])
+    assert largest_singular_value(V) == pytest.approx(exact, rel=1e-6)
+
+
+def test_the_largest_singular_value_of_a_large_flat_spectrum_is_found() -> None:
+    V = directions((300, 200), 5, factored=False, scale=1.0)
+    exact = float(torch.linalg.svdvals(V.rows(slice(0, 300)).double())[0])
+    assert largest_singular_value(V) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(30, 8), (8, 30)])
+@pytest.mark.parametrize("normalization", ["fro", "numel", "in", "orthogonal"])
+@pytest.mark.parametrize("columns", [2, 30])
+def test_streaming_by_blocks_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], normalization: Any, columns: int
+) -> None:
+    M = noise(shape[0], columns, seed=9)
+    wanted = torch.tensor([0, 3, 7])
+
+    def rows() -> Tensor:
+        C = SafetyProjection(directions(shape, 4, factored=False, scale=1.0), normalization)
+        return C.of(lambda index: M[index], columns).rows(wanted)
+
+    whole = rows()
+    for part in (differences, projection):
+        monkeypatch.setattr(part, "BLOCK_BYTES", 4 * shape[1] * 3)
+    torch.testing.assert_close(rows(), whole, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 20), st.integers(1, 30), seeds, st.integers(1, 8))
+def test_leading_directions_are_orthonormal_and_capture_the_most(k: int, tokens: int, seed: int, count: int) -> None:
+    x = noise(tokens, k, seed=seed)
+    G = x.T @ x
+    Q = leading_directions(G, count)
+    assert Q.shape == (k, min(count, k, tokens))
+    torch.testing.assert_close(Q.T @ Q, torch.eye(Q.shape[1]), atol=1e-5, rtol=0)
+    most = torch.linalg.eigvalsh(G.double()).flip(0)[: Q.shape[1]].sum()
+    assert float(torch.trace(Q.T @ G @ Q)) == pytest.approx(float(most), rel=1e-4)
+
+
+def test_subspace_iteration_agrees_with_exact_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    spread = torch.logspace(0, -3, 120)
+    x = noise(500, 120, seed=1) * spread
+    G = x.T @ x / 500
+    exact = leading_directions(G, 8)
+    monkeypatch.setattr(projection, "_EXACT_EIGENVECTORS", 10)
+    iterated = leading_directions(G, 8)
+    cosines = torch.linalg.svdvals(exact.T @ iterated)
+    assert float(cosines.min()) > 1 - 1e-5
+
+
+def test_a_zero_gram_matrix_has_no_directions() -> None:
+    assert leading_directions(torch.zeros(5, 5), 3).shape == (5, 0)
