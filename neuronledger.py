@@ -23,5 +23,5 @@ class NeuronLedgerError(Exception):
 
     def __init__(self, problem: str, mend: str) -> None:
         self.problem = problem.rstrip(".")
-        self.mend = mend.rstrip(".")
+        self.mend = mend[:1].upper() + mend[1:].rstrip(".")
         super().__init__(f"{self.problem}. {self.mend}.")

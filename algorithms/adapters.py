@@ -32,6 +32,7 @@ _SAVE_AGAIN = "Save the adapter again with PEFT's save_pretrained"
 # something from the base when PEFT loads the adapter, so the base checkpoint is not what the adapter adds to.
 _PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
+_LARGEST = 1e30  # of a rank or alpha; a comparison also sorts out NaN and integers that no float can hold
 _PEFT_DEFAULT = 8
 """What PEFT takes for r and lora_alpha when the config leaves them out."""
 
@@ -232,7 +233,7 @@ def _setting(config: dict[str, Any], keys: tuple[str, str], module: str, path: P
         if _matches(rf"(.*\.)?({pattern})$", module, path):
             value = found
             break
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) < _LARGEST:
         raise AdapterError(f"{default_key} of {module} in {path} is {value!r}, not a number", _SAVE_AGAIN)
     return float(value)
 

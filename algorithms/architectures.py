@@ -118,20 +118,20 @@ def family_of(checkpoint: Checkpoint) -> Family:
         UnsupportedModelError: there is none, or the model is a mixture of experts.
     """
     model_type = checkpoint.config.get("model_type")
-    model_type = model_type if isinstance(model_type, str) else repr(model_type)
+    known = model_type if isinstance(model_type, str) else ""
     configs = [checkpoint.config, *(part for part in checkpoint.config.values() if isinstance(part, dict))]
     experts = any((_positive(part.get(key)) or 0) > 1 for part in configs for key in EXPERT_KEYS)
     mend = _OTHER_FAMILY.format(", ".join(supported_model_types()))
-    if experts or model_type in EXPERT_MODEL_TYPES or any(_is_expert(name) for name in checkpoint.tensors):
+    if experts or known in EXPERT_MODEL_TYPES or any(_is_expert(name) for name in checkpoint.tensors):
         raise UnsupportedModelError(
-            f"{checkpoint.path} is a mixture of experts (model_type {model_type}), whose expert weights are fused or"
+            f"{checkpoint.path} is a mixture of experts (model_type {model_type!r}), whose expert weights are fused or"
             " routed per token and are not reached",
             mend,
         )
     for family in FAMILIES:
-        if model_type in family.model_types:
+        if known in family.model_types:
             return family
-    raise UnsupportedModelError(f"{checkpoint.path} has model_type {model_type}, which is not in the table", mend)
+    raise UnsupportedModelError(f"{checkpoint.path} has model_type {model_type!r}, which is not in the table", mend)
 
 
 def _is_expert(name: str) -> bool:

@@ -204,7 +204,7 @@ def require_finite(tensor: Tensor, name: str, path: Path) -> None:
     Raises:
         NonFiniteError: the tensor holds one.
     """
-    if not bool(torch.isfinite(tensor).all()):
+    if not _is_finite(tensor):
         raise NonFiniteError(
             f"tensor {name} of {path} holds NaN or infinity", "Register a checkpoint whose weights are finite"
         )
@@ -218,9 +218,14 @@ def find_nonfinite(checkpoint: Checkpoint) -> str | None:
     for tensor in sorted(checkpoint.tensors.values(), key=lambda stored: (stored.file, stored.begin)):
         if tensor.dtype not in TORCH_DTYPES or is_buffer(tensor.name):
             continue
-        if not all(bool(torch.isfinite(block).all()) for block in _blocks(checkpoint.path, tensor)):
+        if not all(_is_finite(block) for block in _blocks(checkpoint.path, tensor)):
             return tensor.name
     return None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite. The extremes tell (they keep NaN), without a copy of the tensor."""
+    return not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
 def _blocks(directory: Path, stored: StoredTensor) -> Iterator[Tensor]:
@@ -281,10 +286,10 @@ def _weight_map(path: Path) -> dict[str, str] | None:
         raise CheckpointError(f"{path / INDEX} has no weight_map", mend)
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _is_plain_name(file):
-            raise CheckpointError(f"{path / INDEX} puts tensor {name} in {file!r}, not a file of its directory", mend)
+            raise CheckpointError(f"{path / INDEX} puts tensor {name!r} in {file!r}, not a file of its directory", mend)
         if not file.endswith(".safetensors"):
             raise UnsupportedModelError(
-                f"{path / INDEX} puts tensor {name} in {file}, which is not a safetensors file",
+                f"{path / INDEX} puts tensor {name!r} in {file}, which is not a safetensors file",
                 "Save the model again with save_pretrained",
             )
     files = set(weight_map.values())
@@ -300,14 +305,15 @@ def _weight_map(path: Path) -> dict[str, str] | None:
 
 
 def _is_plain_name(file: str) -> bool:
-    return bool(file) and not any(sign in file for sign in ("/", "\\", "\0")) and file not in {".", ".."}
+    """Whether this names an entry of the directory itself, in a way that every system and every message can show."""
+    return 0 < len(file) < 200 and file.isprintable() and not {"/", "\\"} & set(file) and file not in {".", ".."}
 
 
 def _check_index(weight_map: dict[str, str], tensors: Mapping[str, StoredTensor], path: Path) -> None:
     mend = "Download or save the checkpoint again"
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
-            raise CheckpointError(f"tensor {name} is not in {path / file}, where the index puts it", mend)
+            raise CheckpointError(f"tensor {name!r} is not in {path / file}, where the index puts it", mend)
     unnamed = next((name for name in tensors if name not in weight_map), None)
     if unnamed is not None:
         raise CheckpointError(f"tensor {unnamed} of {path / tensors[unnamed].file} is not named by the index", mend)

@@ -5,6 +5,7 @@ N is a recorded choice (`Normalization`); whatever it is, C is scaled down when 
 that the operator never expands. Sources: SafeLoRA 2405.16833 (N = ‖V‖_F), FGSN 2508.09190 (N undefined there).
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,8 +19,8 @@ RowReader = Callable[[slice | Tensor], Tensor]
 
 _LANCZOS_STEPS = 60
 _LANCZOS_TOLERANCE = 1e-8
-# Lanczos approaches the largest eigenvalue from below.
-_CLAMP_MARGIN = 1.0 + 1e-6
+# Lanczos approaches the largest eigenvalue from below, and multiplies in float32.
+_CLAMP_MARGIN = 1.0 + 1e-5
 
 
 class SafetyProjection:
@@ -47,7 +48,7 @@ class SafetyProjection:
         divisor = {"fro": norm, "numel": float(outputs * inputs), "in": float(inputs)}[normalization]
         # λ_max(C) = σ_max(V)²/N ≤ ‖V‖_F²/N: the cheap bound often settles it.
         if clamp and norm**2 > divisor:
-            divisor = max(divisor, largest_singular_value(V) ** 2 * _CLAMP_MARGIN)
+            divisor = _clamped(V, divisor)
         self.scale = 1.0 / divisor
 
     @property
@@ -127,6 +128,25 @@ def largest_singular_value(V: Difference) -> float:
     factors = V.factors()
     if factors is not None:
         return float(torch.linalg.matrix_norm(factored_core(*factors), ord=2)) if factors[0].shape[1] else 0.0
+    return float(max(_ritz_values(V), default=0.0) ** 0.5)
+
+
+def _clamped(V: Difference, divisor: float) -> float:
+    """max(divisor, σ_max²), without finding σ_max where it plainly stays below."""
+    if V.factors() is not None:
+        return max(divisor, largest_singular_value(V) ** 2)
+    # From a random start the largest Ritz value after m steps is below (1 − ε) λ_max with a chance of at most
+    # 1.648 √k exp(−√ε (2m − 1)) (Kuczyński and Woźniakowski 1992, theorem 4.2); here ε = 0.9 and a chance of 1e-9.
+    settled = math.ceil((math.log(1.648e9 * V.shape[1] ** 0.5) / 0.9**0.5 + 1) / 2)
+    estimate = 0.0
+    for step, estimate in enumerate(_ritz_values(V), start=1):
+        if step >= settled and estimate < 0.1 * divisor:
+            return divisor
+    return max(divisor, estimate * _CLAMP_MARGIN)
+
+
+def _ritz_values(V: Difference) -> Iterator[float]:
+    """Ever better estimates, from below, of the largest eigenvalue of VᵀV, until they settle."""
     generator = torch.Generator().manual_seed(0)
     vectors = [_unit(torch.randn(V.shape[1], dtype=torch.float64, generator=generator))]
     diagonal: list[float] = []
@@ -134,20 +154,20 @@ def largest_singular_value(V: Difference) -> float:
     estimate = 0.0
     for _ in range(min(_LANCZOS_STEPS, V.shape[1])):
         image = torch.zeros(V.shape[1], dtype=torch.float64)
+        vector = vectors[-1].float()
         for _block, rows in V.blocks():
-            rows64 = rows.double()
-            image += rows64.T @ (rows64 @ vectors[-1])
+            image += rows.T @ (rows @ vector)
         diagonal.append(float(image @ vectors[-1]))
         basis = torch.stack(vectors)
         for _repeat in range(2):
             image = image - basis.T @ (basis @ image)
         previous, estimate = estimate, _largest_ritz_value(diagonal, off_diagonal)
+        yield estimate
         remainder = float(image.norm())
-        if remainder <= 1e-12 * estimate or abs(estimate - previous) <= _LANCZOS_TOLERANCE * estimate:
-            break
+        if remainder <= 1e-7 * estimate or abs(estimate - previous) <= _LANCZOS_TOLERANCE * estimate:
+            return
         off_diagonal.append(remainder)
         vectors.append(image / remainder)
-    return float(max(estimate, 0.0) ** 0.5)
 
 
 def _largest_ritz_value(diagonal: list[float], off_diagonal: list[float]) -> float:
@@ -230,6 +250,29 @@ def leading_directions(second_moment: Tensor, count: int) -> Tensor:
     return (vectors * signs).float().contiguous()
 
 
+def orthogonal_to(Q: Tensor, claimed: Tensor) -> Tensor:
+    """The part of the span of Q that is orthogonal to claimed directions, so that removing it leaves those as they are.
+
+    Args:
+        Q: (in, r) float32 with orthonormal columns.
+        claimed: (in, m) float32, the directions that applied patches protect, in any basis.
+
+    Returns:
+        Float32 (in, r') with orthonormal columns, r' ≤ r: directions of Q that lie among the claimed ones are dropped.
+    """
+    if claimed.shape[1] == 0:
+        return Q
+    P, shares, _ = torch.linalg.svd(claimed.double(), full_matrices=False)
+    P = P[:, shares > shares[0] * _SAME_DIRECTION]
+    rest = Q.double()
+    for _ in range(2):  # once more, since the first subtraction leaves a rounding error along P
+        rest = rest - P @ (P.T @ rest)
+    basis, lengths, _ = torch.linalg.svd(rest, full_matrices=False)
+    kept: Tensor = basis[:, lengths > _SAME_DIRECTION]
+    return kept.float().contiguous()
+
+
+_SAME_DIRECTION = 1e-4
 _EXACT_EIGENVECTORS = 2048
 _SUBSPACE_STEPS = 60
 

@@ -234,8 +234,12 @@ def _fits(shape: list[int], bits: int, size: int) -> bool:
 
 def _tensor(name: str, entry: object, path: Path, data_begin: int, size: int) -> StoredTensor:
     def wrong(problem: str) -> CheckpointError:
-        return CheckpointError(f"tensor {name} of {path} {problem}", WRITTEN_AGAIN)
+        return CheckpointError(
+            f"tensor {name if name.isprintable() else repr(name)} of {path} {problem}", WRITTEN_AGAIN
+        )
 
+    if not name or not name.isprintable():
+        raise wrong("has a name that cannot be shown, so no message could name it")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise wrong("is not described by dtype, shape and data_offsets alone")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -79,19 +79,18 @@ def _said(identifier: object) -> str:
 
 def _read_fast(path: Path) -> TokenizerContent:
     content = read_json_file(path / FAST, _MEND)
-    model = content.get("model")
-    added = content.get("added_tokens") or []
-    if not isinstance(model, dict) or not isinstance(added, list):
-        raise CheckpointError(f"{path / FAST} has no model", _MEND)
+    model, added = content.get("model"), content.get("added_tokens") or []
+    merges = model.get("merges") or [] if isinstance(model, dict) else []
+    if not isinstance(model, dict) or not isinstance(added, list) or not isinstance(merges, list):
+        raise CheckpointError(f"{path / FAST} has no usable model", _MEND)
     tokens = _tokens(model.get("vocab"), path)
     for token in added:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str) or type(token.get("id")) is not int:
             raise CheckpointError(f"{path / FAST} has a damaged added token", _MEND)
         tokens[token["content"]] = token["id"]
-    merges = tuple(_merge(merge, path) for merge in model.get("merges") or [])
+    pairs = tuple(_merge(merge, path) for merge in merges)
     kind = str(model.get("type"))
-    digest = _digest([kind, sorted(tokens.items()), merges])
-    return TokenizerContent(path, tokens, merges, digest)
+    return TokenizerContent(path, tokens, pairs, _digest([kind, sorted(tokens.items()), pairs]))
 
 
 def _tokens(vocabulary: object, path: Path) -> dict[str, Any]:

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from algorithms.adapters import Adapter, is_adapter
 from algorithms.architectures import LinearModule, discover
-from algorithms.checkpoints import BLOCK_BYTES, SINGLE, Checkpoint
+from algorithms.checkpoints import BLOCK_BYTES, SINGLE, TORCH_DTYPES, Checkpoint
 from algorithms.errors import AdapterError, MismatchError
 from algorithms.tokenizer_content import TokenizerContent
 
 _ANOTHER_BASE = "Give the base model that this adapter was trained on"
-# A transposed module with scattered rows is read a span of columns at a time; a span may hold this many unwanted
-# columns for each wanted one before it is split.
-_SPAN_WASTE = 8
+GAP_BYTES = 8192
+"""Unwanted bytes between two wanted pieces of a stored row that are read along: a second read costs about as much."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,9 @@ class CheckpointWeights:
         if isinstance(wanted, slice):
             return self._span(linear, wanted.start, wanted.stop)
         rows, order = torch.unique(wanted, return_inverse=True)
-        waste = _SPAN_WASTE if linear.transposed else 1
-        blocks = [self._span(linear, first, last)[picked - first] for first, last, picked in _spans(rows, waste)]
+        gap, width = self._span_limits(linear)
+        spans = _spans(rows, gap, width)
+        blocks = [self._span(linear, first, last)[picked - first] for first, last, picked in spans]
         if not blocks:
             return torch.empty((0, linear.in_features))
         return torch.cat(blocks)[order]
@@ -99,6 +99,13 @@ class CheckpointWeights:
         """None: a full checkpoint has no factors."""
         del module
         return None
+
+    def _span_limits(self, linear: LinearModule) -> tuple[int, int]:
+        """The gap at which scattered rows are read apart, and how many rows are read at once, in rows."""
+        if not linear.transposed:
+            return 1, linear.out_features
+        item = TORCH_DTYPES[self.checkpoint.stored(linear.tensor).dtype].itemsize
+        return max(1, GAP_BYTES // item), max(1, BLOCK_BYTES // (item * linear.in_features))
 
     def _span(self, linear: LinearModule, start: int, stop: int) -> Tensor:
         if linear.transposed:
@@ -231,7 +238,9 @@ def plain_index(index: slice | Tensor, linear: LinearModule) -> slice | Tensor:
     d = linear.out_features
     if isinstance(index, slice):
         rows = range(d)[index]
-        return slice(rows.start, max(rows.start, rows.stop)) if rows.step == 1 else torch.tensor(rows)
+        return (
+            slice(rows.start, max(rows.start, rows.stop)) if rows.step == 1 else torch.tensor(rows, dtype=torch.int64)
+        )
     if index.dim() != 1 or index.dtype.is_floating_point:
         raise IndexError(f"rows of {linear.name} are asked for by {index.dtype} of shape {tuple(index.shape)}")
     if index.dtype == torch.bool:
@@ -243,14 +252,15 @@ def plain_index(index: slice | Tensor, linear: LinearModule) -> slice | Tensor:
     return index.to(torch.int64)
 
 
-def _spans(rows: Tensor, waste: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Split sorted distinct row numbers into spans `(first, last + 1, rows)` without gaps of `waste` or more."""
-    if not len(rows):
-        return
-    breaks = (torch.nonzero(rows[1:] - rows[:-1] > waste).flatten() + 1).tolist()
-    for start, stop in zip([0, *breaks], [*breaks, len(rows)], strict=True):
-        picked = rows[start:stop]
-        yield int(picked[0]), int(picked[-1]) + 1, picked
+def _spans(rows: Tensor, gap: int, width: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Split sorted distinct row numbers into spans `(first, last + 1, rows)`: a new one after a gap or a full width."""
+    numbers = rows.tolist()
+    start = 0
+    for position in range(1, len(numbers) + 1):
+        ends = position == len(numbers)
+        if ends or numbers[position] - numbers[position - 1] > gap or numbers[position] - numbers[start] >= width:
+            yield numbers[start], numbers[position - 1] + 1, rows[start:position]
+            start = position
 
 
 def _check_base(adapter: Adapter, base: CheckpointWeights) -> None:

@@ -1,7 +1,7 @@
 """Runs the migrations on a connection that the caller has opened, inside the caller's transaction.
 
 `registry.database.upgrade` passes the connection, so that a migration is whole or absent on both databases and two
-processes cannot migrate at once. Authors of migrations run `alembic -x url=URL revision --autogenerate`: that opens one.
+processes cannot migrate at once. Authors of migrations run `alembic -x url=URL revision --autogenerate`; it opens one.
 """
 
 from alembic import context

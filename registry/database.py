@@ -314,4 +314,5 @@ def _is_sqlite(address: URL) -> bool:
 
 
 def _shown(address: URL) -> str:
-    return address.render_as_string(hide_password=True)
+    hidden = {key: "***" for key in address.query if "password" in key.lower()}
+    return address.update_query_dict(hidden).render_as_string(hide_password=True)

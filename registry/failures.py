@@ -2,7 +2,7 @@
 
 import re
 
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from neuronledger import NeuronLedgerError
 from registry.errors import LedgerError, NeuronProtectedError, RecordExistsError, RegistryBusyError, RegistryError
@@ -16,7 +16,7 @@ CLAIM_IS_APPLIED = "the claims of an applied patch are not released"
 _PERMISSION_CODES = {"42501", "25006"}
 _BUSY_CODES = {"55P03", "40001", "40P01"}
 _FULL_CODES = {"53100", "53200"}
-_UNREACHABLE = ("could not connect", "connection failed", "connection refused", "server closed", "timeout expired")
+_UNREACHABLE_CODES = ("08", "28", "3D", "57P")
 _POSTGRESQL_KEY = re.compile(r"\((?P<columns>[\w, ]+)\)=\((?P<values>.*)\)")
 
 
@@ -31,7 +31,10 @@ def translate(error: DBAPIError, place: str) -> NeuronLedgerError | None:
     code = error_code(error)
     text = str(error.orig)
     for matches, translated in (
-        (_is_trigger(text), LedgerError(f"the registry refuses this change: {text.splitlines()[0]}", "Append instead")),
+        (
+            LEDGER_IS_APPEND_ONLY in text,
+            LedgerError(f"the registry refuses this change: {_first_line(text)}", "Append instead"),
+        ),
         (
             code in _BUSY_CODES or code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")),
             RegistryBusyError(
@@ -58,9 +61,10 @@ def translate(error: DBAPIError, place: str) -> NeuronLedgerError | None:
             RegistryError(f"reading or writing the registry {place} failed: {text}", "Check the disk"),
         ),
         (
-            code.startswith(("08", "28", "3D", "57P")) or any(word in text.lower() for word in _UNREACHABLE),
+            # A connection that never came about has no SQLSTATE.
+            code.startswith(_UNREACHABLE_CODES) or (not code and isinstance(error, OperationalError)),
             RegistryError(
-                f"the registry {place} cannot be reached: {text.splitlines()[0]}",
+                f"the registry {place} cannot be reached: {_first_line(text)}",
                 "Check the URL, and that the database server runs and lets you in",
             ),
         ),
@@ -78,7 +82,7 @@ def error_code(error: DBAPIError) -> str:
 def claimed_twice(error: IntegrityError) -> tuple[int, int, int] | None:
     """The (lineage, module, neuron) that a second claim was refused for, where the database says which."""
     details = _POSTGRESQL_KEY.search(str(error.orig))
-    if details is None or "neuron" not in details["columns"]:
+    if details is None or "pk_protected_neurons" not in str(error.orig):
         return None
     lineage_id, module_id, neuron = (int(value) for value in details["values"].split(", "))
     return lineage_id, module_id, neuron
@@ -87,12 +91,16 @@ def claimed_twice(error: IntegrityError) -> tuple[int, int, int] | None:
 def is_claim_refused(error: IntegrityError) -> bool:
     """Whether it is the rule of protected neurons that was broken."""
     text = str(error.orig)
-    return NEURON_IS_PROTECTED in text or "pk_protected_neurons" in text or "protected_neurons.neuron" in text
+    return (
+        NEURON_IS_PROTECTED in text
+        or "pk_protected_neurons" in text
+        or _names(text, "protected_neurons", "lineage_id", "module_id", "neuron")
+    )
 
 
 def _translate_integrity(error: IntegrityError) -> NeuronLedgerError | None:
     text = str(error.orig)
-    refusal = f"the registry refuses this change: {text.splitlines()[0]}"
+    refusal = f"the registry refuses this change: {_first_line(text)}"
     translated: NeuronLedgerError | None = None
     if is_claim_refused(error):
         translated = NeuronProtectedError(
@@ -119,5 +127,5 @@ def _names(text: str, table: str, *columns: str) -> bool:
     )
 
 
-def _is_trigger(text: str) -> bool:
-    return LEDGER_IS_APPEND_ONLY in text
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]

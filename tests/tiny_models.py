@@ -78,9 +78,12 @@ CONFIGURATIONS: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType(
 )
 FAMILY_NAMES = tuple(CONFIGURATIONS)
 
-WORDS = tuple(
-    ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "system", "user", "assistant", "how", "do", "i", "make", "a", "cake", "bomb", "cat", "dog", "feed", "hurt", "sorry", "cannot", "help", "with", "that", "sure", "here", "is", "the", "way", "to", "film", "good", "bad", "positive", "negative", "review", "what", "please", "tell", "me", "about", "you", "are", "an", "in", "of", "and", "it", "was", "great", "terrible", "story", "music", "water", "bread", "no", "yes", "?", ".", ","]
+_VOCABULARY = (
+    "<pad> <unk> <|im_start|> <|im_end|> system user assistant how do i make a cake bomb cat dog feed hurt sorry"
+    " cannot help with that sure here is the way to film good bad positive negative review what please tell me"
+    " about you are an in of and it was great terrible story music water bread no yes ? . ,"
 )
+WORDS = tuple(_VOCABULARY.split())
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -3,16 +3,20 @@
 import json
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from algorithms.architectures import coverage, discover, supported_model_types
 from algorithms.checkpoints import Checkpoint
 from algorithms.errors import CheckpointError, UnsupportedModelError
+from neuronledger import NeuronLedgerError
 from tests import tiny_models
 
 WEIGHTS = "model.safetensors"
@@ -274,3 +278,23 @@ def test_a_nested_model_without_its_text_config_is_refused(saved, tmp_path):
     path = change_config(copy_of(saved["gemma3"], tmp_path / "model"), text_config=None)
     with pytest.raises(CheckpointError, match="text_config"):
         discover(Checkpoint.open(path))
+
+
+NUMBERS = st.integers() | st.floats()
+VALUES = st.none() | st.booleans() | NUMBERS | st.text(max_size=3) | st.lists(NUMBERS, max_size=2)
+KEYS = st.sampled_from(
+    ["model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "num_experts", "text_config"]
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.dictionaries(KEYS, VALUES | st.dictionaries(KEYS, VALUES), max_size=2))
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_random_config_never_does_more_than_raise(saved, family, changes):
+    checkpoint = Checkpoint.open(saved[family])
+    changed = replace(checkpoint, config={**checkpoint.config, **changes})
+    try:
+        modules = discover(changed)
+    except NeuronLedgerError:
+        return
+    assert modules == discover(checkpoint)

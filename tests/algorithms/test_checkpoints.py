@@ -189,7 +189,7 @@ def test_a_directory_without_weights_is_refused(whole, tmp_path):
 
 @pytest.mark.parametrize(
     "file", ["../model.safetensors", "/etc/model.safetensors", "sub/x.safetensors", "..\\x.safetensors", "..", ".", "",
-             "x\0.safetensors", 3, None, ["x"]],
+             "x\0.safetensors", "\n.safetensors", "\ud800.safetensors", "x" * 300 + ".safetensors", 3, None, ["x"]],
 )  # fmt: skip
 def test_an_index_cannot_name_files_outside_its_directory(sharded, tmp_path, file):
     path = copy_of(sharded, tmp_path)
@@ -239,12 +239,12 @@ def test_a_tensor_that_the_index_puts_elsewhere_is_named(sharded, tmp_path):
     files = sorted(set(index["weight_map"].values()))
     absent = {**index["weight_map"], "model.layers.9.weight": files[0]}
     (path / INDEX).write_text(json.dumps({"weight_map": absent}))
-    with pytest.raises(CheckpointError, match=r"model\.layers\.9\.weight is not in"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.9\.weight' is not in"):
         Checkpoint.open(path)
     moved = {**index["weight_map"]}
     moved["lm_head.weight"] = next(file for file in files if file != moved["lm_head.weight"])
     (path / INDEX).write_text(json.dumps({"weight_map": moved}))
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not in"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight' is not in"):
         Checkpoint.open(path)
 
 
@@ -400,6 +400,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     ),
     "metadata of numbers": (safetensors_bytes({"__metadata__": {"a": 1}}), "__metadata__"),
     "metadata list": (safetensors_bytes({"__metadata__": []}), "__metadata__"),
+    "name with control characters": (safetensors_bytes({"a\x1b[2J": GOOD}, EIGHT), r"a\\x1b.*cannot be shown"),
+    "empty name": (safetensors_bytes({"": GOOD}, EIGHT), "cannot be shown"),
     "tensor no object": (safetensors_bytes({"a": [1]}), "not described"),
     "missing field": (safetensors_bytes({"a": {"dtype": "F32", "shape": []}}), "not described"),
     "extra field": (safetensors_bytes({"a": {**GOOD, "x": 1}}, EIGHT), "not described"),

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from algorithms import digests
 from algorithms.checkpoints import Checkpoint, StoredTensor
@@ -33,7 +34,7 @@ def test_one_pass_gives_the_digests_of_separate_passes(tmp_path, monkeypatch, co
     path = tmp_path / "weights"
     path.write_bytes(content)
     bounds = sorted({min(cut, len(content)) for cut in cuts})
-    tensors = [stored(str(begin), begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
+    tensors = [stored(str(begin), begin, end) for begin, end in pairwise(bounds)]
     tensors += [stored("empty", bounds[0], bounds[0])] if bounds else []
     progress: list[int] = []
     found = digest_weight_file(path, reversed(tensors), progress.append)
@@ -70,7 +71,8 @@ STATE = {"b": ("F32", (2, 3), sha256(b"b")), "a": ("BF16", (4,), sha256(b"a"))}
 
 def test_the_state_digest_does_not_depend_on_order():
     assert state_digest(STATE) == state_digest(dict(reversed(STATE.items())))
-    assert state_digest(STATE) == "81db6a03bfbc85bd2a25ba7a1c51baa48d38d78b8b7e09beb8fc1de6a9bbbd24"
+    canonical = f'[["a","BF16",[4],"{sha256(b"a")}"],["b","F32",[2,3],"{sha256(b"b")}"]]'
+    assert state_digest(STATE) == sha256(canonical.encode())
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,7 @@ def test_the_state_digest_changes_with_everything_it_covers(changed):
 def byte_pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """tokenizer.json of a small byte-pair tokenizer, as the library writes it."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(special_tokens=["<unk>", "<eos>"], vocab_size=40)
     tokenizer.train_from_iterator(["how do i feed a cat", "how do i make a cake", "hot cake"], trainer)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"

@@ -57,9 +57,7 @@ def dense_operator(aligned: WeightSource, base: WeightSource, chosen: FgsnSettin
     return C / max(1.0, float(torch.linalg.eigvalsh(C)[-1]))
 
 
-def dense_result(
-    W_t: Tensor, W_a: Tensor, C: Tensor, Q: Tensor | None, chosen: FgsnSettings
-) -> Tensor:
+def dense_result(W_t: Tensor, W_a: Tensor, C: Tensor, Q: Tensor | None, chosen: FgsnSettings) -> Tensor:
     """The operation on every row of the module, formed whole in float64."""
     W_t, W_a, c = W_t.double(), W_a.double(), chosen.strength
     U = W_t - W_a
@@ -203,9 +201,7 @@ def test_without_safety_directions_projected_rows_return_to_the_aligned_model(
     base = full("base", m=aligned.weights["m"].clone())
     rows = some_rows(shape[0], seed)
     chosen = FgsnSettings(operation="project", normalization=normalization)
-    assert same_bits(
-        edit_rows(subject, aligned, base, "m", rows, chosen).values, aligned.weights["m"][rows]
-    )
+    assert same_bits(edit_rows(subject, aligned, base, "m", rows, chosen).values, aligned.weights["m"][rows])
     adapter = lora("adapter", aligned, m=low_rank(*shape, 2, seed=seed))
     edit = edit_rows(adapter, aligned, base, "m", rows, chosen)
     assert torch.equal(edit.values, torch.zeros(len(rows), 2))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from algorithms import checkpoints
+from algorithms import weights as weights_module
 from algorithms.errors import AdapterError, CheckpointError, MismatchError
 from algorithms.weights import AdapterWeights, CheckpointWeights, WeightSource, open_weights, require_pair, row_blocks
 from tests import tiny_models
@@ -122,6 +123,17 @@ def test_rows_outside_a_module_are_refused(pairs, family, index):
             weights.rows(module, index)
 
 
+@pytest.mark.parametrize("gap", [0, 8, 1000])
+@pytest.mark.parametrize("block", [1, 256, 10_000])
+def test_scattered_rows_of_a_transposed_module_do_not_depend_on_how_they_are_read(pairs, monkeypatch, gap, block):
+    weights, name = open_weights(pairs["gpt2"][0]), "transformer.h.0.attn.c_attn"
+    whole = weights.rows(name, ALL)
+    monkeypatch.setattr(weights_module, "GAP_BYTES", gap)
+    monkeypatch.setattr(weights_module, "BLOCK_BYTES", block)
+    index = torch.tensor([40, 3, 4, 5, 9, 47, 0, 3])
+    assert torch.equal(weights.rows(name, index), whole[index])
+
+
 def test_unknown_modules_are_refused(pairs):
     with pytest.raises(KeyError):
         open_weights(pairs["llama"][0]).rows("lm_head", ALL)
@@ -132,6 +144,7 @@ def test_unknown_modules_are_refused(pairs):
 )
 @pytest.mark.parametrize("index", [slice(4, 7), torch.tensor([4, 6, 5]), torch.tensor([0, 23, 0])])
 def test_only_the_bytes_of_the_rows_are_read(pairs, monkeypatch, family, module, index):
+    monkeypatch.setattr(weights_module, "GAP_BYTES", 0)
     weights = open_weights(pairs[family][0])
     counted: list[int] = []
     read_exactly = checkpoints.read_exactly
@@ -197,9 +210,10 @@ def test_an_adapter_beside_a_full_checkpoint_is_ambiguous(pairs, tmp_path):
     ],
 )
 def test_an_adapter_for_another_base_is_refused(pairs, tmp_path, changes, said):
-    other = tiny_models.save_model(tmp_path, "llama", **changes)
+    other = tiny_models.save_model(tmp_path / "other", "llama", **changes)
+    adapter = tiny_models.save_adapter(pairs["llama"][0], tmp_path / "adapter", targets=["q_proj", "down_proj"])
     with pytest.raises(AdapterError, match=said):
-        open_weights(pairs["llama"][1], other)
+        open_weights(adapter, other)
 
 
 def test_an_adapter_for_another_family_is_refused(pairs):
@@ -215,8 +229,8 @@ def test_an_adapter_on_the_output_head_is_refused(pairs, tmp_path):
 
 
 def test_an_adapter_with_a_missing_module_is_refused(pairs, tmp_path):
-    base, adapter = pairs["llama"]
-    path = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    base = pairs["llama"][0]
+    path = tiny_models.save_adapter(base, tmp_path, targets=["up_proj"])
     tensors = load_file(path / "adapter_model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up_proj" not in name}
     save_file(kept, path / "adapter_model.safetensors")

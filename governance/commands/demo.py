@@ -1,0 +1,83 @@
+"""`neuronledger demo`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from governance.commands.options import json_option
+
+if TYPE_CHECKING:
+    from governance.demo import DemoSummary, StageFigures
+
+
+@click.command(short_help="The whole path on a small model made on the spot.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default="demo", show_default=True, help="Directory to work in."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of models and draws.")
+@json_option
+def demo(output: Path, seed: int, as_json: bool) -> None:
+    """Make a small model, break its safety by fine-tuning, patch three dimensions, audit, and take a patch back.
+
+    Needs no download and no GPU; about two minutes on two cores. The model speaks an invented language: no harmful
+    text is involved.
+    """
+    from governance.commands.progress import terminal_progress
+    from governance.commands.rendering import emit
+    from governance.demo import run_demo
+
+    summary = run_demo(
+        output.resolve(),
+        seed=seed,
+        say=lambda sentence: click.echo(sentence, err=as_json),
+        progress=terminal_progress(),
+    )
+    emit(summary, as_json, lambda: _show(summary))
+    if not (summary.ledger["verified"] and all(summary.weights.values())):
+        raise SystemExit(1)
+
+
+def _show(summary: "DemoSummary") -> None:
+    from governance.commands.rendering import table
+
+    dimensions = list(summary.stages[0].harmfulness)
+
+    def row(stage: "StageFigures", change: str) -> list[str]:
+        harm = [f"{stage.harmfulness[name]:.1f}" for name in dimensions]
+        rest = [f"{value:.1f}" for value in (stage.benign_accuracy, stage.task_accuracy, stage.over_refusal)]
+        return [stage.stage, change, *harm, *rest]
+
+    def patched(stages: "tuple[StageFigures, ...]", patches: "tuple[object, ...]") -> list[list[str]]:
+        changes = {f"after {patch.dimension}": patch for patch in patches}  # type: ignore[attr-defined]
+        return [row(stage, _change(changes.get(stage.stage))) for stage in stages]
+
+    columns = ["stage", "new / already protected neurons", *dimensions, "benign", "task", "over-refusal"]
+    click.echo()
+    table(
+        f"Harmfulness per dimension, accuracy and over-refusal in % ({summary.prompts_per_dimension} held-out prompts "
+        "per dimension)",
+        columns,
+        patched(summary.stages, summary.patches),
+        right=columns[1:],
+    )
+    table(
+        "Control: random neurons at the same share, the same operation",
+        columns,
+        patched(summary.control_stages, summary.control_patches),
+        right=columns[1:],
+    )
+    click.echo(
+        f"Ledger: {summary.ledger['events']} events, {'verified' if summary.ledger['verified'] else 'NOT VERIFIED'}."
+    )
+    click.echo(
+        f"Weights: {'verified' if summary.weights['verified'] else 'NOT VERIFIED'}; the last patch was reverted "
+        f"{'exactly' if summary.weights['reverted_exactly'] else 'NOT EXACTLY'}."
+    )
+    click.echo(f"Open the report: {summary.report}")
+
+
+def _change(patch: object) -> str:
+    if patch is None:
+        return ""
+    return f"{patch.neurons_modified:,} / {patch.neurons_already_protected:,}"  # type: ignore[attr-defined]

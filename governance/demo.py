@@ -1,0 +1,281 @@
+"""The demo: the whole path on a small model made on the spot, through the same use cases as the commands.
+
+It makes the laboratory, registers its models and three dimensions, patches one dimension after the other, measures
+every stage, sets a control of random neurons beside the patches at the same share, verifies ledger and weights,
+reverts the last patch and proves that the bytes are back.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from algorithms.judges import RefusalPhraseJudge
+from algorithms.laboratory import Laboratory, build
+from algorithms.settings import FgsnSettings, fgsn_settings
+from governance.auditing import Verification, verify
+from governance.catalogue import create_lineage, register_dimension, register_model
+from governance.errors import InputError
+from governance.evaluation import EvaluationRequest, Measurement, Stage, evaluate
+from governance.identification import run_identification
+from governance.patching import PatchSummary, apply_patch, revert_patch
+from governance.planning import plan_patch
+from governance.prompt_sets import PromptSource
+from governance.reporting import write_report
+from governance.workspace import Progress, Workspace, create_registry, no_progress, open_workspace
+
+LINEAGE = "demo"
+CONTROL = "random-control"
+SUMMARY = "summary.json"
+REPORT = "report.html"
+_OWN_ENTRIES = (
+    "registry.db",
+    "registry.db-wal",
+    "registry.db-shm",
+    "ledger-heads.jsonl",
+    "artifacts",
+    "lineages",
+    SUMMARY,
+    REPORT,
+)
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """What one stage measured; all in percent."""
+
+    stage: str
+    harmfulness: dict[str, float]
+    benign_accuracy: float
+    task_accuracy: float
+    over_refusal: float
+
+
+@dataclass(frozen=True)
+class PatchFigures:
+    """What one patch changed; the share is of the model's parameters, in percent."""
+
+    dimension: str
+    neurons_selected: int
+    neurons_already_protected: int
+    neurons_modified: int
+    modified_share: float
+    modified_linear_share: float
+
+
+@dataclass(frozen=True)
+class DemoSummary:
+    """Everything that the demo shows; written to `summary.json`."""
+
+    seed: int
+    settings: dict[str, Any]
+    stages: tuple[StageFigures, ...]
+    patches: tuple[PatchFigures, ...]
+    control_stages: tuple[StageFigures, ...]
+    control_patches: tuple[PatchFigures, ...]
+    ledger: dict[str, Any]
+    weights: dict[str, bool]
+    prompts_per_dimension: int
+    report: str
+    seconds: dict[str, float]
+
+
+def run_demo(
+    output: Path,
+    *,
+    seed: int = 0,
+    actor: str = "demo",
+    say: Callable[[str], None] = lambda _: None,
+    progress: Progress = no_progress,
+) -> DemoSummary:
+    """Run the whole path in `output` and write `summary.json` and the report there.
+
+    Args:
+        output: directory; what an earlier demo left there is replaced, the laboratory of the same seed is reused.
+        seed: of the laboratory and of every draw.
+        actor: name for the record.
+        say: told each step in a sentence.
+        progress: told how far long steps are.
+
+    Raises:
+        InputError: the directory holds something else.
+    """
+    started = time.monotonic()
+    _clear(output)
+    say("Making a base, an aligned and a fine-tuned model in an invented language.")
+    laboratory = build(output / "laboratory", seed, progress)
+    built = time.monotonic()
+    database = f"sqlite:///{output / 'registry.db'}"
+    create_registry(database)
+    workspace = open_workspace(database, actor, progress)
+    settings = fgsn_settings("default", {"seed": seed})
+    say("Registering three models, three safety dimensions and two lineages.")
+    names = _register(workspace, laboratory)
+    stages = [_measure(workspace, laboratory, LINEAGE, stage) for stage in ("base", "aligned", "subject")]
+    patches: list[PatchSummary] = []
+    for name in names:
+        patches.append(_patch(workspace, LINEAGE, name, settings, "default"))
+        say(_patch_sentence(patches[-1]))
+        stages.append(_measure(workspace, laboratory, LINEAGE, "head", f"after {name}"))
+    control, control_stages = _control(workspace, laboratory, names, settings, patches, say)
+    checked = verify(workspace, weights=True)
+    say(_verification_sentence(checked))
+    reverted_exactly = _revert_last(workspace, patches[-1], say)
+    final = verify(workspace, weights=True)
+    report = write_report(workspace, LINEAGE, output / REPORT)
+    summary = DemoSummary(
+        seed=seed,
+        settings=settings.model_dump(mode="json"),
+        stages=tuple(stages),
+        patches=tuple(_figures(patch) for patch in patches),
+        control_stages=tuple(control_stages),
+        control_patches=tuple(_figures(patch) for patch in control),
+        ledger={"events": final.checked["events"], "verified": checked.verified and final.verified},
+        weights={"verified": checked.verified and final.verified, "reverted_exactly": reverted_exactly},
+        prompts_per_dimension=_heldout_count(laboratory),
+        report=str(report),
+        seconds={"laboratory": built - started, "governance": time.monotonic() - built},
+    )
+    (output / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier demo left; refuse a directory that holds anything else."""
+    if output.exists():
+        known = {*_OWN_ENTRIES, "laboratory"}
+        foreign = next(
+            (entry.name for entry in output.iterdir() if entry.name not in known and not entry.name.startswith(".")),
+            None,
+        )
+        if foreign is not None:
+            raise InputError(f"{output} holds {foreign}, which no demo made", "name another directory with --output")
+        for name in _OWN_ENTRIES:
+            path = output / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+
+
+def _register(workspace: Workspace, laboratory: Laboratory) -> list[str]:
+    register_model(workspace, "base", laboratory.base, "base")
+    register_model(workspace, "aligned", laboratory.aligned, "aligned")
+    register_model(workspace, "finetuned", laboratory.finetuned, "subject")
+    for dimension in laboratory.dimensions:
+        register_dimension(
+            workspace,
+            dimension.name,
+            {
+                "harmful": PromptSource(str(dimension.harmful), answer_column="response", drop_duplicates=True),
+                "benign": PromptSource(str(dimension.benign), answer_column="response", drop_duplicates=True),
+                "heldout": PromptSource(str(dimension.heldout), drop_duplicates=True),
+            },
+            "placeholder words of an invented language",
+        )
+    for name in (LINEAGE, CONTROL):
+        create_lineage(workspace, name, subject="finetuned", aligned="aligned", base="base")
+    return [dimension.name for dimension in laboratory.dimensions]
+
+
+def _measure(
+    workspace: Workspace, laboratory: Laboratory, lineage: str, model: Stage, stage: str | None = None
+) -> StageFigures:
+    request = EvaluationRequest(
+        model=model,
+        accuracy={
+            "benign_accuracy": PromptSource(
+                str(laboratory.benign_heldout), answer_column="response", drop_duplicates=True
+            ),
+            "task_accuracy": PromptSource(str(laboratory.task), answer_column="response", drop_duplicates=True),
+        },
+        over_refusal=PromptSource(str(laboratory.safe_lookalikes), drop_duplicates=True),
+        judge=RefusalPhraseJudge(phrases=laboratory.refusal_phrases, name="laboratory-phrases"),
+        max_new_tokens=laboratory.max_new_tokens,
+        batch_size=80,
+    )
+    found = evaluate(workspace, lineage, request)
+    named = {"subject": "fine-tuned"}.get(model, model)
+    return StageFigures(
+        stage=stage or named,
+        harmfulness={figure.dimension: figure.value for figure in found if figure.dimension},
+        benign_accuracy=_value(found, "benign_accuracy"),
+        task_accuracy=_value(found, "task_accuracy"),
+        over_refusal=_value(found, "over_refusal"),
+    )
+
+
+def _value(found: list[Measurement], metric: str) -> float:
+    return next(figure.value for figure in found if figure.metric == metric)
+
+
+def _patch(workspace: Workspace, lineage: str, dimension: str, settings: FgsnSettings, preset: str) -> PatchSummary:
+    identified = run_identification(workspace, lineage, dimension, settings, preset)
+    return apply_patch(workspace, plan_patch(workspace, lineage, identified.identification), "demo")
+
+
+def _control(
+    workspace: Workspace,
+    laboratory: Laboratory,
+    names: list[str],
+    settings: FgsnSettings,
+    patches: list[PatchSummary],
+    say: Callable[[str], None],
+) -> tuple[list[PatchSummary], list[StageFigures]]:
+    """Random neurons in place of chosen ones: the same operation, the same share after every step."""
+    say("Setting a control beside it: random neurons, the same operation, the same share.")
+    applied, stages = [], []
+    share = 0.0
+    for name, patch in zip(names, patches, strict=True):
+        share += patch.modified_linear_share
+        if patch.neurons_modified:
+            random = settings.model_copy(update={"score": "random", "selection": "budget", "budget": min(share, 1.0)})
+            applied.append(_patch(workspace, CONTROL, name, random, "random-control"))
+        stages.append(_measure(workspace, laboratory, CONTROL, "head", f"after {name}"))
+    return applied, stages
+
+
+def _revert_last(workspace: Workspace, last: PatchSummary, say: Callable[[str], None]) -> bool:
+    """Revert the last patch and compare the weights' digest, hashed from the files, with that before the patch."""
+    reverted = revert_patch(workspace, LINEAGE, last.patch, "demo: prove that it can be taken back")
+    with workspace.registry.read() as session:
+        from registry import queries
+
+        digest = queries.get_lineage(session, LINEAGE).state_digest
+    exact = digest == last.digest_before
+    say(
+        f"Reverted patch {reverted.patch} ({reverted.dimension}): the weights "
+        f"{'have their former digest' if exact else 'DO NOT have their former digest'} {last.digest_before[:16]}…"
+    )
+    return exact
+
+
+def _figures(patch: PatchSummary) -> PatchFigures:
+    return PatchFigures(
+        dimension=patch.dimension,
+        neurons_selected=patch.neurons_selected,
+        neurons_already_protected=patch.neurons_already_protected,
+        neurons_modified=patch.neurons_modified,
+        modified_share=100 * patch.modified_share,
+        modified_linear_share=100 * patch.modified_linear_share,
+    )
+
+
+def _heldout_count(laboratory: Laboratory) -> int:
+    return len(laboratory.dimensions[0].heldout.read_text(encoding="utf-8").splitlines())
+
+
+def _patch_sentence(patch: PatchSummary) -> str:
+    return (
+        f"Patched {patch.dimension}: {patch.neurons_selected:,} neurons selected, {patch.neurons_already_protected:,} "
+        f"already protected, {patch.neurons_modified:,} modified ({100 * patch.modified_share:.2f} % of parameters)."
+    )
+
+
+def _verification_sentence(checked: Verification) -> str:
+    counts = ", ".join(f"{count:,} {what}" for what, count in checked.checked.items())
+    return f"Verified {counts}: {'everything agrees' if checked.verified else 'FINDINGS, see audit verify'}."

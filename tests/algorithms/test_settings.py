@@ -1,0 +1,74 @@
+"""Settings: what is refused, what defaults to what, and that a recorded run can be read back."""
+
+import json
+
+import pytest
+
+from algorithms.errors import SettingsError
+from algorithms.settings import PRESETS, FgsnSettings, fgsn_settings
+
+
+def test_every_field_is_described_in_a_sentence() -> None:
+    for name, field in FgsnSettings.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_a_preset_survives_json(preset: str) -> None:
+    recorded = json.loads(PRESETS[preset].model_dump_json())
+    assert FgsnSettings.model_validate(recorded) == PRESETS[preset] == fgsn_settings(preset)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ({"tokens": "answer+footer"}, "'footer'"),
+        ({"layers": "9..3"}, "names no set of blocks"),
+        ({"layers": "some"}, "names no set of blocks"),
+        ({"score": "update-norm", "selection": "difference"}, "no benign side"),
+        ({"score": "wanda", "damage_baseline": "minus"}, "no meaning for score wanda"),
+        ({"target": "full"}, "no meaning for operation restore"),
+        ({"budget": 0}, "setting budget"),
+        ({"strength": 1.5}, "setting strength"),
+        ({"colour": "red"}, "setting colour"),
+        ({"score": "luck"}, "setting score"),
+    ],
+)
+def test_nonsense_is_refused_with_its_name(overrides: dict[str, object], problem: str) -> None:
+    with pytest.raises(SettingsError, match=problem):
+        fgsn_settings("default", overrides)
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(SettingsError, match="no preset 'best'"):
+        fgsn_settings("best")
+
+
+def test_strings_from_the_command_line_are_converted() -> None:
+    chosen = fgsn_settings("default", {"budget": "0.2", "directions": "8", "modules": ["q_proj"]})
+    assert (chosen.budget, chosen.directions, chosen.modules) == (0.2, 8, ("q_proj",))
+
+
+def test_a_full_target_is_gentle_unless_told_otherwise() -> None:
+    assert fgsn_settings("fgsn-paper", {"target": "full"}).strength == 0.2
+    assert fgsn_settings("fgsn-paper", {"target": "full", "strength": 0.9}).strength == 0.9
+    assert fgsn_settings("fgsn-paper").strength == 1.0
+
+
+def test_tokens_are_kept_in_one_order() -> None:
+    chosen = fgsn_settings("default", {"tokens": "answer + prompt"})
+    assert chosen.tokens == "prompt+answer"
+    assert chosen.token_kinds == {"prompt", "answer"}
+
+
+def test_a_block_range_includes_both_ends() -> None:
+    assert fgsn_settings("default", {"layers": "10..15"}).block_range == (10, 15)
+    assert fgsn_settings("default").block_range is None
+
+
+def test_risky_settings_warn() -> None:
+    assert not PRESETS["default"].warnings()
+    assert any("overlap" in warning for warning in PRESETS["fgsn-paper"].warnings())
+    full_target = fgsn_settings("fgsn-paper", {"target": "full"})
+    assert any("collapse" in warning for warning in full_target.warnings())
