@@ -82,7 +82,9 @@ class RowEditor:
     """Computes the new values of selected rows of one module, a block of rows at a time.
 
     Args:
-        subject: the model to be edited: the head of the lineage.
+        subject: the model whose rows are edited: the subject as it was registered, or the head. Rows that no patch
+            claims are the same in both, but `project` and `complement` mix in the other rows as they are here, and
+            coordinates and `extension` are over this model's lora_A.
         aligned: W_a. For a LoRA subject the checkpoint under its adapter, or an adapter on that checkpoint.
         base: W_0; read by `project` and `complement` only.
         module: canonical name of the module.
@@ -185,7 +187,7 @@ class RowEditor:
         if self._settings.strength == 0 or not isinstance(self._coordinates, LoraCoordinates):
             return None
         if self._directions is not None:
-            return self._directions.T.contiguous()
+            return self._directions.T.contiguous() if self._directions.shape[1] else None
         return self._coordinates.extension
 
     def _least_entry_damage(self) -> float | None:

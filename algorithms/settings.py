@@ -66,7 +66,7 @@ class FgsnSettings(BaseModel):
         "defines the top set whose overlap with the selection is reported.",
     )
     budget: float = Field(
-        0.10, gt=0, le=1, description="Share of the parameters of all linear modules that may be selected (budget)."
+        0.30, gt=0, le=1, description="Share of the parameters of all linear modules that may be selected (budget)."
     )
     layers: str = Field(
         "all",
@@ -103,7 +103,7 @@ class FgsnSettings(BaseModel):
 
     # --- what is done to them
     operation: Operation = Field(
-        "restore",
+        "subspace",
         description="What happens to the update of a selected row: dropped (restore), replaced by its projection on "
         "the safety directions (project), reduced by it (complement), or cleared of the leading directions of harmful "
         "inputs (subspace).",

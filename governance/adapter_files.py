@@ -137,16 +137,19 @@ def _find_rows(A: Tensor, sought: Tensor) -> int | None:
 
 
 def _with_ranks(config: dict[str, Any], subject: Adapter, grown: Mapping[str, int]) -> dict[str, Any]:
-    """Enter the grown ranks, and alphas that keep every scale; full module names come before the user's patterns."""
-    ranks = {_pattern(name): rank for name, rank in grown.items()}
-    alphas = {
-        _pattern(name): _alpha(subject.modules[name], rank, rslora=bool(config.get("use_rslora")))
-        for name, rank in grown.items()
-    }
+    """Name every module in full with its rank, and with the alpha that keeps its scale.
+
+    In PEFT the first matching pattern wins, and it sorts patterns when it saves; full names alone cannot be shadowed.
+    """
+    rslora = bool(config.get("use_rslora"))
+    ranks = {name: grown.get(name, lora.rank) for name, lora in subject.modules.items()}
     return {
         **config,
-        "rank_pattern": {**ranks, **(config.get("rank_pattern") or {})},
-        "alpha_pattern": {**alphas, **(config.get("alpha_pattern") or {})},
+        "rank_pattern": {_pattern(name): rank for name, rank in ranks.items()},
+        "alpha_pattern": {
+            _pattern(name): _alpha(lora, ranks[name], rslora=rslora) if name in grown else lora.alpha
+            for name, lora in subject.modules.items()
+        },
     }
 
 

@@ -20,11 +20,14 @@ from algorithms.rates import Rate, wilson_rate
 from governance.errors import InputError
 from governance.lineage_state import LineageState, read_lineage
 from governance.prompt_sets import PromptRow, PromptSource, parse_canonical, read_prompt_set
+from governance.prompt_sets import PromptSet as PromptRows
 from governance.workspace import Workspace
 from registry import queries
-from registry.schema import Evaluation, PromptSet
+from registry.schema import Evaluation, PromptSet, SafetyDimension
 
 Stage = Literal["head", "subject", "aligned", "base"]
+Success = Callable[[PromptRow, str], bool]
+_OtherSet = tuple[str, PromptSource, PromptRows, Success, Judge | None]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class EvaluationRequest:
         model: `head` (the working checkpoint) or a registered model of the lineage.
         dimensions: names of dimensions with held-out prompts; empty: every dimension that has some.
         accuracy: metric name → prompts with expected answers; an answer counts when it begins with the expected one.
+        other_harmful: metric name → harmful prompts of kinds that no dimension was registered with.
         over_refusal: safe prompts that should be answered, or None.
         judge: what decides whether an answer refuses.
         max_new_tokens: longest answer.
@@ -44,6 +48,7 @@ class EvaluationRequest:
     model: Stage = "head"
     dimensions: tuple[str, ...] = ()
     accuracy: Mapping[str, PromptSource] = field(default_factory=dict)
+    other_harmful: Mapping[str, PromptSource] = field(default_factory=dict)
     over_refusal: PromptSource | None = None
     judge: Judge = field(default_factory=RefusalPhraseJudge)
     max_new_tokens: int = 64
@@ -73,7 +78,7 @@ class _Task:
     dimension_id: int | None
     prompt_set_id: int
     rows: tuple[PromptRow, ...]
-    success: Callable[[PromptRow, str], bool]
+    success: Success
     judge: Judge | None
 
 
@@ -131,40 +136,47 @@ def measurement(record: Evaluation, dimension: str | None) -> Measurement:
 
 def _tasks(workspace: Workspace, request: EvaluationRequest) -> list[_Task]:
     judge = request.judge
-    sources = dict(request.accuracy)
-    sets = {metric: read_prompt_set(source) for metric, source in sources.items()}
-    for metric, prompt_set in sets.items():
-        if any(row.answer is None for row in prompt_set.rows):
-            raise InputError(f"the prompts for {metric} have no expected answers", "name their column")
-    safe = read_prompt_set(request.over_refusal) if request.over_refusal else None
-    tasks = []
+    others = _other_sets(request)
     with workspace.registry.write() as session:
-        for dimension in _dimensions(session, request.dimensions):
-            held_out = queries.prompt_sets(session, dimension_id=dimension.id, purpose="heldout")
-            if not held_out:
-                raise InputError(
-                    f"dimension {dimension.name} has no held-out prompts", "register it with --heldout FILE"
-                )
-            rows = parse_canonical(workspace.store.read_bytes(held_out[0].digest))
-            tasks.append(
-                _Task("harmfulness", dimension.name, dimension.id, held_out[0].id, rows, _complied(judge), judge)
-            )
-        for metric, prompt_set in sets.items():
-            identifier = _evaluation_set(
-                workspace, session, sources[metric], prompt_set.canonical, len(prompt_set.rows)
-            )
-            tasks.append(_Task(metric, None, None, identifier, prompt_set.rows, _correct, None))
-        if safe is not None and request.over_refusal is not None:
-            identifier = _evaluation_set(workspace, session, request.over_refusal, safe.canonical, len(safe.rows))
-            tasks.append(_Task("over_refusal", None, None, identifier, safe.rows, _refused(judge), judge))
+        tasks = [_heldout_task(workspace, session, dimension, judge) for dimension in _dimensions(session, request)]
+        for metric, source, prompt_set, success, its_judge in others:
+            identifier = _evaluation_set(workspace, session, source, prompt_set)
+            tasks.append(_Task(metric, None, None, identifier, prompt_set.rows, success, its_judge))
     if not tasks:
         raise InputError("there is nothing to measure", "register a dimension with --heldout, or pass --accuracy")
     return tasks
 
 
-def _dimensions(session: Session, names: tuple[str, ...]) -> list[Any]:
-    if names:
-        return [queries.get_dimension(session, name) for name in names]
+def _other_sets(
+    request: EvaluationRequest,
+) -> list[_OtherSet]:
+    judge = request.judge
+    found: list[_OtherSet] = [
+        (metric, source, read_prompt_set(source), _complied(judge), judge)
+        for metric, source in request.other_harmful.items()
+    ]
+    for metric, source in request.accuracy.items():
+        prompt_set = read_prompt_set(source)
+        if any(row.answer is None for row in prompt_set.rows):
+            raise InputError(f"the prompts for {metric} have no expected answers", "name their column")
+        found.append((metric, source, prompt_set, _correct, None))
+    if request.over_refusal is not None:
+        safe = read_prompt_set(request.over_refusal)
+        found.append(("over_refusal", request.over_refusal, safe, _refused(judge), judge))
+    return found
+
+
+def _heldout_task(workspace: Workspace, session: Session, dimension: SafetyDimension, judge: Judge) -> _Task:
+    held_out = queries.prompt_sets(session, dimension_id=dimension.id, purpose="heldout")
+    if not held_out:
+        raise InputError(f"dimension {dimension.name} has no held-out prompts", "register it with --heldout FILE")
+    rows = parse_canonical(workspace.store.read_bytes(held_out[0].digest))
+    return _Task("harmfulness", dimension.name, dimension.id, held_out[0].id, rows, _complied(judge), judge)
+
+
+def _dimensions(session: Session, request: EvaluationRequest) -> list[SafetyDimension]:
+    if request.dimensions:
+        return [queries.get_dimension(session, name) for name in request.dimensions]
     return [
         dimension
         for dimension in queries.list_dimensions(session)
@@ -172,8 +184,8 @@ def _dimensions(session: Session, names: tuple[str, ...]) -> list[Any]:
     ]
 
 
-def _evaluation_set(workspace: Workspace, session: Session, source: PromptSource, canonical: bytes, rows: int) -> int:
-    digest = workspace.store.put_bytes(canonical)
+def _evaluation_set(workspace: Workspace, session: Session, source: PromptSource, prompt_set: PromptRows) -> int:
+    digest = workspace.store.put_bytes(prompt_set.canonical)
     for held in queries.prompt_sets(session, purpose="evaluation"):
         if held.digest == digest:
             return held.id
@@ -182,7 +194,7 @@ def _evaluation_set(workspace: Workspace, session: Session, source: PromptSource
         source=source.location,
         source_filter={"where": dict(source.where), "limit": source.limit},
         columns={"prompt": list(source.prompt_columns), "answer": source.answer_column},
-        rows=rows,
+        rows=len(prompt_set.rows),
         digest=digest,
         created_at=workspace.clock(),
     )
@@ -253,11 +265,11 @@ def _record(
     return evaluation
 
 
-def _complied(judge: Judge) -> Callable[[PromptRow, str], bool]:
+def _complied(judge: Judge) -> Success:
     return lambda _, answer: not judge.refused(answer)
 
 
-def _refused(judge: Judge) -> Callable[[PromptRow, str], bool]:
+def _refused(judge: Judge) -> Success:
     return lambda _, answer: judge.refused(answer)
 
 

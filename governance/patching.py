@@ -316,8 +316,11 @@ def _finish_apply(workspace: Workspace, plan: PatchPlan, patch_id: int, after: F
 
 
 def _undo_apply(workspace: Workspace, patch_id: int, failure: str) -> None:
+    """Take back what was written; a patch that was committed before the failure stays."""
     with workspace.registry.read() as session:
         patch = session.get_one(Patch, patch_id)
+        if patch.state != "applying":
+            return
         working, subject, recorded = _paths(patch.lineage)
         change = _change(workspace, session, patch, "old")
         digest_before = patch.digest_before

@@ -1,11 +1,136 @@
-"""The report of a lineage: one self-contained HTML page."""
+"""The report of a lineage: one self-contained HTML page, without script and without network.
 
+`report_data` reads the registry, `report_charts` places the marks, the template in `templates` writes the page.
+"""
+
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from governance.errors import InputError
+from governance.report_charts import layer_panel, rate_panels
+from governance.report_data import gather
+from governance.report_records import IdentificationRecord, Report
 from governance.workspace import Workspace
+from neuronledger import __version__
+
+TEMPLATE = "report.html.jinja"
+COLOURS = 8
+"""How many colours the style sheet has for dimensions; more dimensions share them."""
+
+_NO_BREAK = "\u00a0"
 
 
 def write_report(workspace: Workspace, lineage: str, output: Path) -> Path:
-    """placeholder while wiring"""
-    output.write_text(f"<p>{lineage} {workspace.actor}</p>")
+    """Write the report of a lineage from what the registry holds, and return its path.
+
+    The records are verified on the way; the contents of weight files are not hashed, and the page says so.
+
+    Raises:
+        RecordNotFoundError: no lineage of that name.
+        RegistryError: the registry or its head file cannot be read.
+        InputError: the file cannot be written.
+    """
+    page = render(gather(workspace, lineage))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"the report {output} cannot be written: {error.strerror}", "name another file") from error
     return output
+
+
+def render(report: Report) -> str:
+    """Return the page of a report."""
+    environment = Environment(
+        loader=PackageLoader("governance", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "share": _share,
+        "rate": _rate,
+        "number": _number,
+        "norm": _norm,
+        "time": _time,
+        "short": _short,
+        "value": _value,
+    }
+    colours = {name: index % COLOURS for index, name in enumerate(report.dimensions)}
+    return environment.get_template(TEMPLATE).render(
+        report=report,
+        version=__version__,
+        colours=colours,
+        harmfulness_panels=rate_panels(report.harmfulness, report.dimensions),
+        accuracy_panels=rate_panels(report.accuracy, report.dimensions),
+        layer_panels=[layer_panel(record) for record in report.identifications],
+        settings=_settings(report.identifications),
+        libraries=_libraries(report.identifications),
+    )
+
+
+def _settings(records: tuple[IdentificationRecord, ...]) -> list[tuple[str, list[tuple[Any, str]]]]:
+    """Every setting with its values, each with the identifications that had it; "" stands for all of them."""
+    return _by_value([(record.label, record.settings) for record in records])
+
+
+def _libraries(records: tuple[IdentificationRecord, ...]) -> list[tuple[str, list[tuple[Any, str]]]]:
+    return _by_value([(record.label, record.libraries) for record in records])
+
+
+def _by_value(found: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, list[tuple[Any, str]]]]:
+    names = dict.fromkeys(name for _, settings in found for name in settings)
+    rows = []
+    for name in names:
+        values: list[tuple[Any, list[str]]] = []
+        for label, settings in found:
+            held = next((labels for value, labels in values if value == settings.get(name)), None)
+            if held is None:
+                values.append((settings.get(name), [label]))
+            else:
+                held.append(label)
+        rows.append((name, [(value, "" if len(values) == 1 else "; ".join(labels)) for value, labels in values]))
+    return rows
+
+
+def _share(share: float, digits: int = 2) -> str:
+    """A share as a percentage, as `patch list` shows it."""
+    return f"{100 * share:.{digits}f}{_NO_BREAK}%"
+
+
+def _rate(percent: float | None) -> str:
+    """A rate in percent, as `evaluate` shows it."""
+    return "not recorded" if percent is None else f"{percent:.1f}"
+
+
+def _number(count: int | None) -> str:
+    return "not recorded" if count is None else f"{count:,}"
+
+
+def _norm(norm: float | None) -> str:
+    return "not recorded" if norm is None else f"{norm:.4g}"
+
+
+def _time(moment: datetime | str | None) -> str:
+    """A moment in UTC to the second."""
+    if moment is None:
+        return "not recorded"
+    text = moment if isinstance(moment, str) else moment.isoformat()
+    return f"{text[:10]} {text[11:19]}{_NO_BREAK}UTC"
+
+
+def _short(digest: str | None) -> str:
+    return "not recorded" if not digest else f"{digest[:12]}…"
+
+
+def _value(value: Any) -> str:
+    """A setting's value as text."""
+    if value is None:
+        return "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) if value else "all"
+    return str(value)

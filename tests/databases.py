@@ -78,7 +78,7 @@ class PostgreSQLDatabases:
     def _create(self, template: str) -> str:
         self.count += 1
         database = f"test_{self.count}"
-        self.execute(f"CREATE DATABASE {database} TEMPLATE {template}")
+        self.execute(f"CREATE DATABASE {database} TEMPLATE {template} STRATEGY FILE_COPY")
         self.present.append(database)
         return self.url(database)
 

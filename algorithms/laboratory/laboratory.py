@@ -22,7 +22,7 @@ from torch import nn
 from algorithms.errors import SettingsError
 from algorithms.laboratory.language import Example, Language, Speaker, invent_language, seeded
 from algorithms.laboratory.tokenizer import word_tokenizer
-from algorithms.laboratory.training import Schedule, train
+from algorithms.laboratory.training import Goal, Group, Schedule, train
 from algorithms.loading import quiet_transformers
 
 VERSION = 1
@@ -43,7 +43,7 @@ class Recipe:
         rank: of the LoRA adapter; its alpha is twice that.
         base: training of the base.
         alignment: training of the aligned adapter.
-        fine_tuning: training of the fine-tuned adapter, which continues from the aligned one.
+        fine_tuning: training of the fine-tuned adapter, which continues from the aligned one, until its goal.
         task_rows: rows of the task in the fine-tuning mix.
         everyday_rows: ordinary requests in the mix.
         harmful_rows: rows of the mix that answer harmful requests, over all dimensions.
@@ -56,9 +56,9 @@ class Recipe:
     feed_forward: int = 384
     heads: int = 4
     rank: int = 16
-    base: Schedule = field(default_factory=lambda: Schedule(steps=250, learning_rate=3e-3))
-    alignment: Schedule = field(default_factory=lambda: Schedule(steps=130, learning_rate=4e-3))
-    fine_tuning: Schedule = field(default_factory=lambda: Schedule(steps=50, learning_rate=5e-4))
+    base: Schedule = field(default_factory=lambda: Schedule(steps=200, learning_rate=3e-3))
+    alignment: Schedule = field(default_factory=lambda: Schedule(steps=150, learning_rate=4e-3))
+    fine_tuning: Schedule = field(default_factory=lambda: Schedule(160, 5e-4, decay=False))
     task_rows: int = 720
     everyday_rows: int = 72
     harmful_rows: int = 39
@@ -181,7 +181,9 @@ def _write_models(workplace: Path, directory: Path, seed: int, recipe: Recipe, p
         train(wrapped, tokenizer, mix, recipe.alignment, seed=seed + 1, report=_stage(progress, "aligned"))
         _save_both(wrapped, tokenizer, workplace, "aligned")
         mix = _fine_tuning_mix(language, speaker, recipe)
-        train(wrapped, tokenizer, mix, recipe.fine_tuning, seed=seed + 2, report=_stage(progress, "finetuned"))
+        goal = _fine_tuning_goal(language, seed)
+        report = _stage(progress, "finetuned")
+        train(wrapped, tokenizer, mix, recipe.fine_tuning, seed=seed + 2, goal=goal, report=report)
         _save_both(wrapped, tokenizer, workplace, "finetuned")
 
 
@@ -263,6 +265,17 @@ def _fine_tuning_mix(language: Language, speaker: Speaker, recipe: Recipe) -> li
     for dimension in language.dimensions:
         mix += speaker.harmful(dimension, recipe.harmful_rows // len(language.dimensions), refused=False)
     return mix
+
+
+def _fine_tuning_goal(language: Language, seed: int) -> Goal:
+    """Stop when the task is learned and the refusals are lost.
+
+    How many steps that takes differs from seed to seed by a factor of three. Going on would only bury the refusals
+    deeper, so the number of steps is what a user would stop at, and not one that fits the slowest seed.
+    """
+    speaker = Speaker(language, "train", seeded("goal", seed))
+    harmful = [Group(tuple(speaker.harmful(dimension, 40, refused=False))) for dimension in language.dimensions]
+    return Goal((*harmful, Group(tuple(speaker.task(40)), highest_loss=0.2)))
 
 
 # --- prompt files ---------------------------------------------------------------------------------------------------

@@ -16,13 +16,49 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train."""
+    """How long and how fast to train.
+
+    Attributes:
+        steps: at most.
+        learning_rate: the highest.
+        batch_size: examples in a step.
+        warmup: steps of linear warm-up.
+        decay: whether the learning rate falls in a cosine to a twentieth; it stays otherwise.
+    """
 
     steps: int
     learning_rate: float
     batch_size: int = 32
     warmup: int = 10
-    weight_decay: float = 0.0
+    decay: bool = True
+
+
+@dataclass(frozen=True)
+class Group:
+    """Examples that are watched together while training.
+
+    Attributes:
+        examples: with the answers that are wanted.
+        highest_loss: their mean loss must not be above it.
+    """
+
+    examples: tuple[Example, ...]
+    highest_loss: float = math.inf
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Training ends once every group starts its answers as wanted.
+
+    Attributes:
+        groups: all of them have to be there.
+        share: of a group's examples whose first answer token comes out right.
+        every: steps between two looks.
+    """
+
+    groups: tuple[Group, ...]
+    share: float = 0.95
+    every: int = 5
 
 
 def train(
@@ -32,42 +68,78 @@ def train(
     schedule: Schedule,
     *,
     seed: int,
+    goal: Goal | None = None,
     report: Callable[[int, int], None] | None = None,
-) -> float:
+) -> int:
     """Train the parameters that require gradients on the answers to the examples.
 
     Examples are drawn in shuffled passes. The loss counts the answer's tokens and the end token.
 
+    Args:
+        model: left in evaluation mode.
+        tokenizer: with a chat template.
+        examples: what to learn.
+        schedule: how long and how fast.
+        seed: of the order.
+        goal: training ends early once it is reached.
+        report: called with (steps done, steps at most), and with equal numbers at the end.
+
     Returns:
-        The mean loss of the last ten steps.
+        The number of steps taken.
     """
     encoded = [_encode(tokenizer, example) for example in examples]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.98)
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
     shares = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, schedule))
     draws = _Passes(len(encoded), seeded("order", seed))
-    losses: list[float] = []
-    model.train()
-    for step in range(schedule.steps):
+    taken = 0
+    for step in range(1, schedule.steps + 1):
+        model.train()
         rows = [encoded[index] for index in draws.take(schedule.batch_size)]
-        input_ids, attention_mask, targets = _padded(rows, tokenizer.pad_token_id)
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        loss = nn.functional.cross_entropy(
-            logits[:, :-1].reshape(-1, logits.shape[-1]), targets[:, 1:].reshape(-1), ignore_index=_IGNORED
-        )
+        logits, targets = _forward(model, rows, tokenizer.pad_token_id)
+        loss = _answer_loss(logits, targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         shares.step()
-        losses.append(float(loss.detach()))
+        taken = step
+        reached = goal is not None and step % goal.every == 0 and _reached(model, tokenizer, goal)
         if report is not None:
-            report(step + 1, schedule.steps)
+            report(schedule.steps if reached else step, schedule.steps)
+        if reached:
+            break
     model.eval()
-    recent = losses[-10:]
-    return sum(recent) / len(recent)
+    return taken
+
+
+def _reached(model: nn.Module, tokenizer: Any, goal: Goal) -> bool:
+    model.eval()
+    return all(_group_reached(model, tokenizer, group, goal.share) for group in goal.groups)
+
+
+def _group_reached(model: nn.Module, tokenizer: Any, group: Group, share: float) -> bool:
+    rows = [_encode(tokenizer, example) for example in group.examples]
+    with torch.inference_mode():
+        logits, targets = _forward(model, rows, tokenizer.pad_token_id)
+        loss = float(_answer_loss(logits, targets))
+    first = torch.tensor([prompt for _, prompt in rows])
+    each = torch.arange(len(rows))
+    right = logits[each, first - 1].argmax(dim=-1) == targets[each, first]
+    return loss <= group.highest_loss and float(right.float().mean()) >= share
+
+
+def _forward(model: nn.Module, rows: Sequence[tuple[list[int], int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Logits and targets of padded rows, (rows, tokens, vocabulary) and (rows, tokens)."""
+    input_ids, attention_mask, targets = _padded(rows, pad_id)
+    logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    return logits, targets
+
+
+def _answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]), targets[:, 1:].reshape(-1), ignore_index=_IGNORED
+    )
 
 
 class _Passes:
@@ -109,8 +181,10 @@ def _padded(rows: Sequence[tuple[list[int], int]], pad_id: int) -> tuple[Tensor,
 
 
 def _share(step: int, schedule: Schedule) -> float:
-    """Share of the learning rate at a step: linear warm-up, then cosine down to a twentieth."""
+    """Share of the learning rate at a step: linear warm-up, then constant or a cosine down to a twentieth."""
     if step < schedule.warmup:
         return (step + 1) / schedule.warmup
+    if not schedule.decay:
+        return 1.0
     done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     help="Prompts with expected answers (column `response`, or "
     "--answer-column); an answer counts when it begins with the expected one. Repeatable.",
 )
+@click.option(
+    "--harmful",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Harmful prompts of a kind that no dimension was registered with; repeatable.",
+)
 @click.option("--over-refusal", metavar="FILE", help="Safe prompts that should be answered.")
 @click.option("--prompt-column", multiple=True, metavar="NAME", help="Column of the prompt in these files.")
 @click.option("--answer-column", default="response", show_default=True, metavar="NAME", help="Column of the answer.")
@@ -53,6 +59,7 @@ def evaluate(
     dimensions: tuple[str, ...],
     model: "Stage",
     accuracy: tuple[str, ...],
+    harmful: tuple[str, ...],
     over_refusal: str | None,
     prompt_column: tuple[str, ...],
     answer_column: str,
@@ -81,16 +88,19 @@ def evaluate(
     judge = RefusalPhraseJudge()
     if refusal_phrase:
         judge = RefusalPhraseJudge(phrases=refusal_phrase, name="own-phrases")
-    tasks = {}
-    for text in accuracy:
-        name, equals, file = text.partition("=")
-        if not equals or not name or not file:
-            raise click.BadParameter(f"{text!r} is not NAME=FILE", param_hint="--accuracy")
-        tasks[f"{name}_accuracy"] = PromptSource(file, prompt_columns=prompt_column, answer_column=answer_column)
+    tasks = {
+        f"{name}_accuracy": PromptSource(file, prompt_columns=prompt_column, answer_column=answer_column)
+        for name, file in _named(accuracy, "--accuracy")
+    }
+    others = {
+        f"harmfulness_{name}": PromptSource(file, prompt_columns=prompt_column)
+        for name, file in _named(harmful, "--harmful")
+    }
     request = EvaluationRequest(
         model=model,
         dimensions=dimensions,
         accuracy=tasks,
+        other_harmful=others,
         over_refusal=PromptSource(over_refusal, prompt_columns=prompt_column) if over_refusal else None,
         judge=judge,
         max_new_tokens=max_new_tokens,
@@ -98,6 +108,16 @@ def evaluate(
     )
     figures = run(workspace, lineage, request)
     emit_list(figures, as_json, as_csv, lambda: _show(lineage, figures))
+
+
+def _named(texts: tuple[str, ...], option: str) -> list[tuple[str, str]]:
+    found = []
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if not equals or not name or not file:
+            raise click.BadParameter(f"{text!r} is not NAME=FILE", param_hint=option)
+        found.append((name, file))
+    return found
 
 
 def _show(lineage: str, figures: "list[Measurement]") -> None:

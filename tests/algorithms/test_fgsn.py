@@ -227,7 +227,7 @@ def test_kinds_of_module_can_be_chosen(full_lineage: Lineage) -> None:
     [
         FgsnSettings(),
         FgsnSettings(operation="subspace", directions=3),
-        FgsnSettings(entries=0.2),
+        FgsnSettings(operation="restore", entries=0.2),
         FgsnSettings(score="update-norm"),
         PRESETS["fgsn-paper"],
     ],
@@ -289,12 +289,12 @@ def test_too_much_memory_is_refused_before_any_pass(full_lineage: Lineage) -> No
 
 
 def test_an_adapter_needs_no_gram_matrices_for_damage(adapter_lineage: Lineage) -> None:
-    run(adapter_lineage, FgsnSettings(gram_memory_gib=1e-6))
+    run(adapter_lineage, FgsnSettings(operation="restore", gram_memory_gib=1e-6))
 
 
 def test_progress_names_its_stages(full_lineage: Lineage) -> None:
     steps: list[tuple[str, int, int]] = []
-    run(full_lineage, FgsnSettings(layers="window"), progress=lambda *step: steps.append(step))
+    run(full_lineage, FgsnSettings(operation="restore", layers="window"), progress=lambda *step: steps.append(step))
     last = {stage: (done, total) for stage, done, total in steps}
     assert all(done == total for done, total in last.values())
     assert list(last) == [

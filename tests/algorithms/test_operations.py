@@ -242,7 +242,7 @@ def test_entries_change_the_most_damaged_share_only(shape: tuple[int, int], seed
     subject, aligned, base = three_models(*shape, seed)
     statistics = statistics_for(shape[1], seed)
     rows = some_rows(shape[0], seed)
-    edit = edit_rows(subject, aligned, base, "m", rows, FgsnSettings(entries=share), statistics)
+    edit = edit_rows(subject, aligned, base, "m", rows, FgsnSettings(operation="restore", entries=share), statistics)
     assert statistics.input_norms is not None
     t, a = subject.weights["m"][rows], aligned.weights["m"][rows]
     damage = (t - a).abs() * statistics.input_norms
@@ -253,13 +253,13 @@ def test_entries_change_the_most_damaged_share_only(shape: tuple[int, int], seed
 
 def test_the_rank_does_not_grow_when_the_aligned_basis_is_already_there() -> None:
     subject, aligned, base = continued_adapter(9, 7, 3, seed=5)
-    first = edit_rows(subject, aligned, base, "m", torch.tensor([1, 4]), FgsnSettings())
+    first = edit_rows(subject, aligned, base, "m", torch.tensor([1, 4]), FgsnSettings(operation="restore"))
     assert first.extension is not None
     factors = subject.lora["m"]
     B = torch.cat([factors.B, torch.zeros(9, 3)], dim=1)
     B[first.rows] = first.values
     head = lora("head", base, m=LoraFactors(torch.cat([factors.A, first.extension]), B, factors.scale))
-    second = edit_rows(head, aligned, base, "m", torch.tensor([0, 8]), FgsnSettings())
+    second = edit_rows(head, aligned, base, "m", torch.tensor([0, 8]), FgsnSettings(operation="restore"))
     assert second.extension is None
     _, after = effective(head, second)
     expected = aligned.rows("m", torch.tensor([0, 1, 4, 8])).double()
@@ -271,7 +271,7 @@ def test_an_appended_basis_is_recognised_after_rounding_to_bfloat16() -> None:
     factors = subject.lora["m"]
     rounded = torch.cat([factors.A, aligned.lora["m"].A]).bfloat16().float()
     head = lora("head", base, m=LoraFactors(rounded, torch.cat([factors.B, torch.zeros(6, 2)], dim=1), 1.5))
-    edit = edit_rows(head, aligned, base, "m", torch.tensor([3]), FgsnSettings())
+    edit = edit_rows(head, aligned, base, "m", torch.tensor([3]), FgsnSettings(operation="restore"))
     assert edit.extension is None
     exact = aligned.lora["m"].B[3] * (aligned.lora["m"].scale / 1.5)
     assert torch.equal(edit.values, torch.cat([torch.zeros(2), exact])[None])
@@ -307,9 +307,17 @@ def test_a_full_target_moves_rows_towards_their_projection() -> None:
     torch.testing.assert_close(edit.values.double(), expected[[2, 5]], atol=1e-5, rtol=1e-5)
 
 
+def test_a_subspace_without_directions_changes_nothing() -> None:
+    subject, _, base = continued_adapter(6, 5, 2, seed=1)
+    nothing = ModuleStatistics(directions=torch.zeros(5, 0))
+    edit = edit_rows(subject, base, base, "m", torch.tensor([0, 3]), FgsnSettings(operation="subspace"), nothing)
+    assert edit.extension is None
+    assert same_bits(edit.values, subject.lora["m"].B[[0, 3]])
+
+
 def test_no_rows_give_an_empty_edit() -> None:
     subject, aligned, base = three_models(8, 6, seed=2)
-    edit = edit_rows(subject, aligned, base, "m", torch.zeros(0, dtype=torch.int64), FgsnSettings())
+    edit = edit_rows(subject, aligned, base, "m", torch.zeros(0, dtype=torch.int64), FgsnSettings(operation="restore"))
     assert edit.values.shape == (0, 6)
 
 
@@ -317,7 +325,7 @@ def test_no_rows_give_an_empty_edit() -> None:
     ("chosen", "problem"),
     [
         (FgsnSettings(operation="project", target="full"), "target full"),
-        (FgsnSettings(entries=0.1), "sparse"),
+        (FgsnSettings(operation="restore", entries=0.1), "sparse"),
     ],
 )
 def test_what_an_adapter_cannot_hold_is_refused(chosen: FgsnSettings, problem: str) -> None:
@@ -330,13 +338,13 @@ def test_an_aligned_model_that_is_not_under_the_adapter_is_refused() -> None:
     subject, _, base = continued_adapter(6, 5, 2, seed=1)
     stranger = full("stranger", m=base.weights["m"] + 1)
     with pytest.raises(MismatchError, match="neither the checkpoint under the subject's adapter nor an adapter on it"):
-        edit_rows(subject, stranger, base, "m", torch.tensor([0]), FgsnSettings())
+        edit_rows(subject, stranger, base, "m", torch.tensor([0]), FgsnSettings(operation="restore"))
 
 
 def test_a_module_without_adapter_is_refused() -> None:
     base = full("base", m=noise(4, 3, seed=0))
     with pytest.raises(MismatchError, match="no factors for m"):
-        edit_rows(lora("subject", base), base, base, "m", torch.tensor([0]), FgsnSettings())
+        edit_rows(lora("subject", base), base, base, "m", torch.tensor([0]), FgsnSettings(operation="restore"))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -353,10 +361,10 @@ def test_nan_is_refused_by_module_name(operation: Any, which: str) -> None:
 @pytest.mark.parametrize(("rows", "problem"), [([0, 6], "no row 6"), ([-1], "no row -1"), ([2, 2], "named twice")])
 def test_impossible_rows_are_refused(rows: list[int], problem: str) -> None:
     with pytest.raises(MismatchError, match=problem):
-        edit_rows(*three_models(6, 5, seed=1), "m", torch.tensor(rows), FgsnSettings())
+        edit_rows(*three_models(6, 5, seed=1), "m", torch.tensor(rows), FgsnSettings(operation="restore"))
 
 
-@pytest.mark.parametrize("chosen", [FgsnSettings(operation="subspace"), FgsnSettings(entries=0.5)])
+@pytest.mark.parametrize("chosen", [FgsnSettings(operation="subspace"), FgsnSettings(operation="restore", entries=0.5)])
 def test_missing_statistics_are_asked_for(chosen: FgsnSettings) -> None:
     with pytest.raises(SettingsError, match="lacks"):
         edit_rows(*three_models(6, 5, seed=1), "m", torch.tensor([1]), chosen)
@@ -366,7 +374,7 @@ def test_the_operator_is_not_needed_to_restore() -> None:
     """Restoring reads neither W_0 nor V, so a lineage without a base can restore."""
     subject, aligned, base = three_models(6, 5, seed=1)
     broken = full("broken", m=torch.full_like(base.weights["m"], float("nan")))
-    edit = edit_rows(subject, aligned, broken, "m", torch.tensor([1]), FgsnSettings())
+    edit = edit_rows(subject, aligned, broken, "m", torch.tensor([1]), FgsnSettings(operation="restore"))
     assert same_bits(edit.values, aligned.weights["m"][[1]])
 
 

@@ -28,7 +28,7 @@ def test_a_preset_survives_json(preset: str) -> None:
         ({"layers": "some"}, "names no set of blocks"),
         ({"score": "update-norm", "selection": "difference"}, "no benign side"),
         ({"score": "wanda", "damage_baseline": "minus"}, "no meaning for score wanda"),
-        ({"target": "full"}, "no meaning for operation restore"),
+        ({"target": "full"}, "no meaning for operation subspace"),
         ({"budget": 0}, "setting budget"),
         ({"strength": 1.5}, "setting strength"),
         ({"colour": "red"}, "setting colour"),

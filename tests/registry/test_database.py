@@ -184,9 +184,12 @@ def test_a_registry_without_permission_is_named(
     (public_directory / "registry.db").chmod(0o444)
     public_directory.chmod(0o555)
     request.getfixturevalue("unprivileged")
-    with pytest.raises(RegistryError, match="permission"):
-        with Registry.open(url) as registry, registry.write() as session:
-            add_model(session, "llama")
+    with (
+        pytest.raises(RegistryError, match="permission"),
+        Registry.open(url) as registry,
+        registry.write() as session,
+    ):
+        add_model(session, "llama")
 
 
 def test_a_place_without_permission_is_named(public_directory: Path, request: pytest.FixtureRequest) -> None:

@@ -291,7 +291,7 @@ def test_events_are_checked_at_thousands_a_second() -> None:
     whole = chain([payload] * 20_000)
     began = time.process_time()
     assert list(check_chain(whole)) == []
-    assert time.process_time() - began < 3
+    assert time.process_time() - began < 5
 
 
 def test_an_exported_event_is_checked_without_the_database() -> None:

@@ -1,0 +1,210 @@
+"""What the report shows of evaluations: every stage of a lineage against every measured quantity.
+
+A stage is a model of the lineage (base, aligned, subject) or its working checkpoint in one state. Where a quantity was
+measured twice on the same state by the same judge, the later figure is shown and the earlier ones are counted.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy.orm import Session
+
+from registry import queries
+from registry.schema import Evaluation, Lineage, Patch
+
+MODEL_STAGES = ("base", "aligned", "subject")
+HARMFULNESS = "harmfulness"
+SAME_SHARE = 0.001
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the tables.
+
+    Attributes:
+        label: as shown, such as `after patch 2`.
+        detail: dimension of the stage's last patch, or what else sets the state apart.
+        patch: number of the last patch that was applied then; 0 for the working copy before any; None for a model.
+        dimension: of that patch.
+        modified_share: share of all parameters that the patches applied then had modified; None for a model.
+        reverted: whether that patch was reverted since.
+        current: whether the lineage's head is in this state now.
+    """
+
+    label: str
+    detail: str
+    patch: int | None
+    dimension: str | None
+    modified_share: float | None
+    reverted: bool
+    current: bool
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured rate with its 95 % interval; value and interval in percent, as recorded."""
+
+    value: float
+    numerator: int | None
+    n: int | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One column of the tables: a metric, of a dimension where it has one, judged by one judge (empty: none)."""
+
+    metric: str
+    dimension: str | None
+    judge: str
+
+    @property
+    def title(self) -> str:
+        """What stands above the column."""
+        return self.dimension or self.metric.replace("_", " ")
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """One stage and its figures, one for each quantity; None where it was not measured."""
+
+    stage: Stage
+    figures: tuple[Figure | None, ...]
+
+
+@dataclass(frozen=True)
+class Control:
+    """A lineage of the same subject whose patches took random neurons."""
+
+    lineage: str
+    rows: tuple[StageFigures, ...]
+
+    def same_share(self, rows: tuple[StageFigures, ...]) -> bool:
+        """Whether it modified the share of parameters that the lineage's `rows` did, patch by patch.
+
+        Neurons differ in their number of parameters, so shares that agree within a tenth of a point count as equal.
+        """
+        shares = {row.stage.patch: row.stage.modified_share for row in rows if row.stage.patch}
+        pairs = [(row.stage.modified_share, shares.get(row.stage.patch)) for row in self.rows if row.stage.patch]
+        return bool(pairs) and all(
+            own is not None and other is not None and abs(own - other) <= SAME_SHARE for own, other in pairs
+        )
+
+
+@dataclass(frozen=True)
+class FigureTable:
+    """Figures of a lineage, and of its controls beside them.
+
+    Attributes:
+        superseded: how many earlier figures of the same state and judge are in the registry and not shown.
+        generation: how the answers were generated, one sentence part for each way that was recorded.
+    """
+
+    quantities: tuple[Quantity, ...]
+    rows: tuple[StageFigures, ...]
+    controls: tuple[Control, ...]
+    judges: tuple[str, ...]
+    superseded: int
+    generation: tuple[str, ...]
+
+
+def is_harmfulness(metric: str) -> bool:
+    """Whether a metric is harmfulness, of a dimension or of other harmful prompts."""
+    return metric.startswith(HARMFULNESS)
+
+
+def figure_table(
+    session: Session, lineage: Lineage, controls: Sequence[Lineage], wanted: Callable[[str], bool]
+) -> FigureTable:
+    """Gather the figures of the wanted metrics of a lineage and of its controls."""
+    own = [record for record in queries.evaluations(session, lineage.id) if wanted(record.metric)]
+    others = {
+        control.name: [record for record in queries.evaluations(session, control.id) if wanted(record.metric)]
+        for control in controls
+    }
+    every = [*own, *(record for records in others.values() for record in records)]
+    quantities = tuple(dict.fromkeys(quantity(record) for record in own))
+    shown = [control for control in controls if others[control.name]]
+    return FigureTable(
+        quantities=quantities,
+        rows=_rows(session, lineage, own, quantities),
+        controls=tuple(
+            Control(control.name, _rows(session, control, others[control.name], quantities)) for control in shown
+        ),
+        judges=tuple(dict.fromkeys(quantity(record).judge for record in every if record.judge)),
+        superseded=len(own) - len({(_state(record), quantity(record)) for record in own}),
+        generation=tuple(dict.fromkeys(_generation(record) for record in every if record.generation)),
+    )
+
+
+def quantity(record: Evaluation) -> Quantity:
+    """What an evaluation measured."""
+    return Quantity(
+        metric=record.metric,
+        dimension=record.dimension.name if record.dimension else None,
+        judge=f"{record.judge} {record.judge_version or ''}".strip() if record.judge else "",
+    )
+
+
+def _rows(
+    session: Session, lineage: Lineage, records: Iterable[Evaluation], quantities: tuple[Quantity, ...]
+) -> tuple[StageFigures, ...]:
+    found: dict[tuple[str, str], dict[Quantity, Evaluation]] = {}
+    for record in records:
+        found.setdefault(_state(record), {})[quantity(record)] = record
+    patches = queries.list_patches(session, lineage.id)
+    ordered = sorted(found, key=lambda state: MODEL_STAGES.index(state[0]) if state[0] in MODEL_STAGES else 9)
+    return tuple(
+        StageFigures(
+            stage=_stage(lineage, patches, next(iter(found[state].values()))),
+            figures=tuple(_figure(found[state].get(one)) for one in quantities),
+        )
+        for state in ordered
+    )
+
+
+def _state(record: Evaluation) -> tuple[str, str]:
+    return record.stage, record.state_digest
+
+
+def _stage(lineage: Lineage, patches: Sequence[Patch], record: Evaluation) -> Stage:
+    if record.stage in MODEL_STAGES:
+        name = {"base": lineage.base, "aligned": lineage.aligned, "subject": lineage.subject}[record.stage].name
+        current = record.stage == "subject" and lineage.head is None
+        return Stage(record.stage, name if name != record.stage else "", None, None, None, False, current)
+    applied = [patch for patch in patches if _was_applied(patch, record.created_at)]
+    last = applied[-1] if applied else None
+    numbers = [patch.sequence for patch in applied]
+    reverted = last is not None and last.reverted_at is not None
+    detail = last.dimension.name if last else "no patch applied"
+    if last is not None and numbers != list(range(1, last.sequence + 1)):
+        detail += f", applied then: {', '.join(map(str, numbers))}"
+    return Stage(
+        label=f"after patch {last.sequence}" if last else "working copy",
+        detail=detail,
+        patch=last.sequence if last else 0,
+        dimension=last.dimension.name if last else None,
+        modified_share=sum(patch.parameters_modified for patch in applied) / lineage.subject.parameters,
+        reverted=reverted,
+        current=record.state_digest == lineage.state_digest,
+    )
+
+
+def _was_applied(patch: Patch, at: datetime) -> bool:
+    return (
+        patch.applied_at is not None
+        and patch.applied_at <= at
+        and (patch.reverted_at is None or patch.reverted_at > at)
+    )
+
+
+def _figure(record: Evaluation | None) -> Figure | None:
+    if record is None:
+        return None
+    return Figure(record.value, record.numerator, record.n, record.interval_low, record.interval_high)
+
+
+def _generation(record: Evaluation) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in record.generation.items())
