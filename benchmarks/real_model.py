@@ -30,7 +30,7 @@ from neuronledger import NeuronLedgerError
 ROOT = Path(__file__).resolve().parent.parent
 DIMENSIONS = ("animal_abuse", "drug_abuse", "financial_crime")
 UNSEEN = ("advbench", "strongreject", "harmbench")
-REFERENCES = ("base", "aligned", "subject")
+REFERENCES = ("aligned", "subject")
 
 
 @dataclass(frozen=True)

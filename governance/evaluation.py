@@ -27,6 +27,8 @@ from registry.schema import Evaluation, PromptSet, SafetyDimension
 
 Stage = Literal["head", "subject", "aligned", "base"]
 Success = Callable[[PromptRow, str], bool]
+_ANSWER_MARGIN = 4
+"""Tokens beyond the expected answer: a leading line break, another way to cut the words."""
 _OtherSet = tuple[str, PromptSource, PromptRows, Success, Judge | None]
 
 
@@ -81,6 +83,13 @@ class _Task:
     success: Success
     judge: Judge | None
 
+    def longest_answer(self, tokenizer: Any, most: int) -> int:
+        """Return how many tokens are worth generating: an answer is compared with the expected one's beginning only."""
+        if self.judge is not None:
+            return most
+        expected = max(len(tokenizer(row.answer, add_special_tokens=False)["input_ids"]) for row in self.rows)
+        return min(most, expected + _ANSWER_MARGIN)
+
 
 def evaluate(workspace: Workspace, lineage_name: str, request: EvaluationRequest) -> list[Measurement]:
     """Measure one model of a lineage and record every figure.
@@ -89,16 +98,23 @@ def evaluate(workspace: Workspace, lineage_name: str, request: EvaluationRequest
         InputError: a dimension has no held-out prompts, or there is nothing to measure.
         WeightsChangedError: the model's files are not what was recorded.
     """
+    with workspace.attempt("evaluate", "lineage", lineage_name):
+        return _evaluate(workspace, lineage_name, request)
+
+
+def _evaluate(workspace: Workspace, lineage_name: str, request: EvaluationRequest) -> list[Measurement]:
     lineage = read_lineage(workspace, lineage_name)
     tasks = _tasks(workspace, request)
     model, tokenizer = _load(lineage, request.model)
     measured = []
     for task in tasks:
-        answers = _answers(workspace, model, tokenizer, task, request)
+        tokens = task.longest_answer(tokenizer, request.max_new_tokens)
+        answers = _answers(workspace, model, tokenizer, task, request.batch_size, tokens)
         successes = sum(task.success(row, answer) for row, answer in zip(task.rows, answers, strict=True))
-        measured.append((task, wilson_rate(successes, len(task.rows))))
+        generation = {"decoding": "greedy", "max_new_tokens": tokens, "batch_size": request.batch_size}
+        measured.append((task, wilson_rate(successes, len(task.rows)), generation))
     with workspace.registry.write() as session:
-        records = [_record(workspace, session, lineage, request, task, rate) for task, rate in measured]
+        records = [_record(workspace, session, lineage, request.model, *one) for one in measured]
         workspace.record(
             session,
             "evaluation.recorded",
@@ -109,13 +125,13 @@ def evaluate(workspace: Workspace, lineage_name: str, request: EvaluationRequest
                 "head": lineage.head_sequence,
                 "figures": [
                     {"metric": task.metric, "dimension": task.dimension, "successes": rate.successes, "n": rate.n}
-                    for task, rate in measured
+                    for task, rate, _ in measured
                 ],
                 "judge": f"{request.judge.name} {request.judge.version}",
             },
         )
         session.flush()
-        return [measurement(record, task.dimension) for record, (task, _) in zip(records, measured, strict=True)]
+        return [measurement(record, task.dimension) for record, (task, _, _) in zip(records, measured, strict=True)]
 
 
 def measurement(record: Evaluation, dimension: str | None) -> Measurement:
@@ -212,7 +228,7 @@ def _load(lineage: LineageState, stage: Stage) -> tuple[nn.Module, Any]:
 
 
 def _answers(
-    workspace: Workspace, model: nn.Module, tokenizer: Any, task: _Task, request: EvaluationRequest
+    workspace: Workspace, model: nn.Module, tokenizer: Any, task: _Task, batch_size: int, max_new_tokens: int
 ) -> list[str]:
     label = f"{task.metric} {task.dimension or ''}".strip()
 
@@ -223,8 +239,8 @@ def _answers(
         model,
         tokenizer,
         [row.prompt for row in task.rows],
-        max_new_tokens=request.max_new_tokens,
-        batch_size=request.batch_size,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
         progress=report,
     )
 
@@ -233,19 +249,20 @@ def _record(
     workspace: Workspace,
     session: Session,
     lineage: LineageState,
-    request: EvaluationRequest,
+    stage: Stage,
     task: _Task,
     rate: Rate,
+    generation: dict[str, Any],
 ) -> Evaluation:
-    head = lineage.head_patch_id if request.model == "head" else None
+    head = lineage.head_patch_id if stage == "head" else None
     record = queries.get_lineage(session, lineage.name)
     models = {"subject": record.subject, "aligned": record.aligned, "base": record.base}
-    model = models.get(request.model)
+    model = models.get(stage)
     evaluation = Evaluation(
         lineage_id=lineage.lineage_id,
         model_id=model.id if model else None,
         patch_id=head,
-        stage=request.model if request.model != "head" else f"patch {lineage.head_sequence or 0}",
+        stage=stage if stage != "head" else f"patch {lineage.head_sequence or 0}",
         dimension_id=task.dimension_id,
         metric=task.metric,
         value=100 * rate.value,
@@ -256,7 +273,7 @@ def _record(
         judge=task.judge.name if task.judge else None,
         judge_version=task.judge.version if task.judge else None,
         prompt_set_id=task.prompt_set_id,
-        generation={"decoding": "greedy", "max_new_tokens": request.max_new_tokens, "batch_size": request.batch_size},
+        generation=generation,
         state_digest=model.state_digest if model else lineage.state_digest,
         created_at=workspace.clock(),
         actor=workspace.actor,

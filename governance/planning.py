@@ -132,6 +132,11 @@ def plan_patch(workspace: Workspace, lineage_name: str, identification_id: int) 
         WeightsChangedError: files are not what was recorded.
         NeuronLedgerError: as `read_lineage`.
     """
+    with workspace.attempt("patch.plan", "lineage", lineage_name):
+        return _plan(workspace, lineage_name, identification_id)
+
+
+def _plan(workspace: Workspace, lineage_name: str, identification_id: int) -> PatchPlan:
     lineage = read_lineage(workspace, lineage_name)
     with workspace.registry.read() as session:
         record = session.get(IdentificationRecord, identification_id)

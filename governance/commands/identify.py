@@ -41,7 +41,8 @@ def identify(
     from governance.identification import run_identification
 
     del method
-    settings = chosen_settings(preset, settings_file, assignments)
+    with workspace.attempt("identify", "lineage", lineage):
+        settings = chosen_settings(preset, settings_file, assignments)
     summary = run_identification(workspace, lineage, dimension, settings, preset)
     emit(summary, as_json, lambda: describe(summary))
 

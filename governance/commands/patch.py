@@ -90,7 +90,8 @@ def apply(
     from governance.patching import apply_patch
     from governance.planning import plan_patch
 
-    settings = chosen_settings(preset, settings_file, assignments)
+    with workspace.attempt("patch.apply", "lineage", lineage):
+        settings = chosen_settings(preset, settings_file, assignments)
     found = run_identification(workspace, lineage, dimension, settings, preset, reuse=True)
     summary = apply_patch(workspace, plan_patch(workspace, lineage, found.identification), reason)
     emit(summary, as_json, lambda: _show_patch(summary))
@@ -206,7 +207,8 @@ def _planned(
     from governance.identification import run_identification
     from governance.planning import dry_run, plan_patch
 
-    settings = chosen_settings(preset, settings_file, assignments)
+    with workspace.attempt("patch.apply", "lineage", lineage):
+        settings = chosen_settings(preset, settings_file, assignments)
     found = run_identification(workspace, lineage, dimension, settings, preset, reuse=True)
     return dry_run(workspace, plan_patch(workspace, lineage, found.identification))
 

@@ -1,20 +1,24 @@
 """Models, prompts and scenarios that the tests of the use cases share."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from governance.catalogue import create_lineage
 from governance.workspace import Workspace
 from registry.database import Registry
-from tests.governance.scenarios import Scenario, Trio, build, write_prompts
+from tests.databases import SQLiteDatabases
+from tests.governance.scenarios import Scenario, Trio, register_dimensions, register_trio, write_prompts
 from tests.tiny_models import save_adapter, save_model, save_variant
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 
 Trios = Callable[..., Trio]
+Scenarios = Callable[[Trio], Scenario]
 
 
 @pytest.fixture(scope="session")
@@ -75,13 +79,52 @@ def sqlite_workspace(sqlite_registry: Registry) -> Workspace:
     return Workspace(registry=sqlite_registry, actor="tester")
 
 
-@pytest.fixture
-def scenario(sqlite_workspace: Workspace, trios: Trios, prompts: Path) -> Scenario:
-    """A lineage of a full Llama checkpoint in SQLite."""
-    return build(sqlite_workspace, trios(), prompts)
+@pytest.fixture(scope="session")
+def registered(
+    tmp_path_factory: pytest.TempPathFactory, sqlite_databases: SQLiteDatabases, prompts: Path
+) -> Callable[[Trio], Path]:
+    """Directories of SQLite registries with models and dimensions, to be copied: registering anew takes longer."""
+    made: dict[Trio, Path] = {}
+
+    def registry_of(trio: Trio) -> Path:
+        if trio not in made:
+            directory = tmp_path_factory.mktemp("registered")
+            with Registry.open(sqlite_databases.migrated(directory)) as registry:
+                workspace = Workspace(registry=registry, actor="tester")
+                register_trio(workspace, trio)
+                register_dimensions(workspace, prompts)
+            made[trio] = directory
+        return made[trio]
+
+    return registry_of
 
 
 @pytest.fixture
-def lora_scenario(sqlite_workspace: Workspace, adapter_trios: Trios, prompts: Path) -> Scenario:
+def scenarios(tmp_path: Path, registered: Callable[[Trio], Path]) -> Iterator[Scenarios]:
+    """Lineages in registries of their own, in SQLite."""
+    opened: list[Registry] = []
+
+    def scenario(trio: Trio) -> Scenario:
+        directory = tmp_path / f"scenario-{len(opened)}"
+        shutil.copytree(registered(trio), directory)
+        registry = Registry.open(f"sqlite:///{directory / 'registry.db'}")
+        opened.append(registry)
+        workspace = Workspace(registry=registry, actor="tester")
+        create_lineage(workspace, "line", subject="subject", aligned="aligned", base="base")
+        return Scenario(workspace, trio)
+
+    yield scenario
+    for registry in opened:
+        registry.close()
+
+
+@pytest.fixture
+def scenario(scenarios: Scenarios, trios: Trios) -> Scenario:
+    """A lineage of a full Llama checkpoint."""
+    return scenarios(trios())
+
+
+@pytest.fixture
+def lora_scenario(scenarios: Scenarios, adapter_trios: Trios) -> Scenario:
     """A lineage of a LoRA subject whose aligned model is another adapter, so that ranks grow."""
-    return build(sqlite_workspace, adapter_trios(on_aligned=False), prompts)
+    return scenarios(adapter_trios(on_aligned=False))

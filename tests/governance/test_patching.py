@@ -1,6 +1,5 @@
 """Patches from registration to their removal: only claimed rows change, and everything comes back byte for byte."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from governance.patching import apply_patch, list_patches, show_patch
 from governance.planning import dry_run, plan_patch
 from governance.workspace import Workspace
 from registry.errors import RecordNotFoundError, RegistryBusyError
-from tests.governance.conftest import Trios
+from tests.governance.conftest import Scenarios, Trios
 from tests.governance.scenarios import HARMFUL, Scenario, build, digests, require_only_rows_differ
 
 NAMES = tuple(HARMFUL)
@@ -134,7 +133,7 @@ def test_a_reverted_neuron_can_be_claimed_again(scenario: Scenario) -> None:
     scenario.require_sound()
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations((1, 2, 3))), ids=str)
+@pytest.mark.parametrize("order", [(1, 2, 3), (2, 3, 1), (3, 1, 2)], ids=str)
 def test_patches_come_off_in_any_order(scenario: Scenario, order: tuple[int, ...]) -> None:
     for name in NAMES:
         scenario.apply(name, selection="difference", harmful_share=0.3, benign_share=0.05)
@@ -229,9 +228,9 @@ def _apply_two_and_take_back(scenario: Scenario, **settings: Any) -> None:
 
 @pytest.mark.parametrize(("family", "form"), FAMILIES, ids=lambda value: str(value).replace("torch.", ""))
 def test_only_claimed_rows_change_in_every_family_dtype_and_layout(
-    sqlite_workspace: Workspace, trios: Trios, prompts: Path, family: str, form: dict[str, Any]
+    scenarios: Scenarios, trios: Trios, family: str, form: dict[str, Any]
 ) -> None:
-    scenario = build(sqlite_workspace, trios(family, **form), prompts)
+    scenario = scenarios(trios(family, **form))
     if "shard_size" in form:
         assert len(list(scenario.working.glob("*.safetensors"))) > 1
     _apply_two_and_take_back(scenario)
@@ -244,14 +243,14 @@ def test_only_claimed_rows_change_under_every_operation(scenario: Scenario, sett
 
 @pytest.mark.parametrize("settings", OPERATIONS[1:10:2], ids=str)
 def test_operations_write_columns_of_transposed_modules(
-    sqlite_workspace: Workspace, trios: Trios, prompts: Path, settings: dict[str, Any]
+    scenarios: Scenarios, trios: Trios, settings: dict[str, Any]
 ) -> None:
-    scenario = build(sqlite_workspace, trios("gpt2", dtype=torch.float16), prompts)
+    scenario = scenarios(trios("gpt2", dtype=torch.float16))
     _apply_two_and_take_back(scenario, **settings)
 
 
-def test_rows_that_rounding_leaves_are_counted(sqlite_workspace: Workspace, trios: Trios, prompts: Path) -> None:
-    scenario = build(sqlite_workspace, trios(dtype=torch.bfloat16), prompts)
+def test_rows_that_rounding_leaves_are_counted(scenarios: Scenarios, trios: Trios) -> None:
+    scenario = scenarios(trios(dtype=torch.bfloat16))
     summary = scenario.apply("animals", strength=1e-4)
     assert 0 < summary.rows_unchanged <= summary.neurons_modified
     changed = scenario.weights()
