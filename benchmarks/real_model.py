@@ -35,15 +35,15 @@ REFERENCES = ("aligned", "subject")
 
 @dataclass(frozen=True)
 class Run:
-    """One lineage of the benchmark: its name, the preset, and settings that replace the preset's."""
+    """One lineage of the benchmark: its name, the preset, and whether it is measured after every patch or the last."""
 
     name: str
     preset: str
-    settings: tuple[str, ...] = ()
+    every_stage: bool = False
 
 
 RUNS = (
-    Run("default", "default"),
+    Run("default", "default", every_stage=True),
     Run("random-control", "random-control"),
     Run("fgsn-paper", "fgsn-paper"),
 )
@@ -175,9 +175,10 @@ def _patched(commands: Commands, prompts: Path, run: Run, place: Path) -> dict[s
     _create_lineage(commands, lineage)
     stages = []
     for name in DIMENSIONS:
-        options = [part for setting in run.settings for part in ("--set", setting)]
-        patch = commands("patch", "apply", lineage, name, "--preset", run.preset, *options)
-        stages.append({"dimension": name, "patch": patch, "figures": _evaluate(commands, prompts, lineage, "head")})
+        patch = commands("patch", "apply", lineage, name, "--preset", run.preset)
+        measured = run.every_stage or name == DIMENSIONS[-1]
+        figures = _evaluate(commands, prompts, lineage, "head") if measured else None
+        stages.append({"dimension": name, "patch": patch, "figures": figures})
     verified = commands("audit", "verify", "--weights", "--lineage", lineage)
     return {"stages": stages, "verified": verified["verified"]}
 
@@ -214,7 +215,8 @@ def _print(content: dict[str, Any]) -> None:
         share = 0.0
         for stage in content[run.name]["stages"]:
             share += 100 * stage["patch"]["modified_linear_share"]
-            line(f"{run.name}, after {stage['dimension']}", stage["figures"], f"{share:.1f}")
+            if stage["figures"] is not None:
+                line(f"{run.name}, after {stage['dimension']}", stage["figures"], f"{share:.1f}")
     counts = content["reference subject"]["figures"]
     print(
         "\nPrompts: " + ", ".join(f"{head} {counts[column]['n']}" for head, column in zip(heads, columns, strict=True))
