@@ -6,6 +6,7 @@ are those of their patch. So applying, reverting in any order and recovering are
 left it is the subject, byte for byte. An adapter is small: its file is written whole and renamed.
 """
 
+import itertools
 import json
 import math
 import os
@@ -23,11 +24,6 @@ from algorithms.checkpoints import read_stored
 from algorithms.safetensors_files import read_header
 from governance.patch_artifact import PatchArtifact
 from governance.tensor_file import TensorFileWriter, TensorSpec
-from neuronledger import NeuronLedgerError
-
-
-class AdapterScaleError(NeuronLedgerError):
-    """A scale that the adapter's configuration cannot hold once the rank has grown."""
 
 
 @dataclass(frozen=True)
@@ -48,23 +44,22 @@ class ComposedAdapter:
 
 
 def compose_adapter(subject: Adapter, artifacts: Sequence[PatchArtifact]) -> ComposedAdapter:
-    """Compute the adapter at the head that `artifacts`, in sequence order, lead to.
-
-    Raises:
-        AdapterScaleError: the grown rank has no alpha that gives the same scale in PEFT's arithmetic.
-    """
+    """Compute the adapter at the head that `artifacts`, in sequence order, lead to."""
     tensors = {name: read_stored(subject.path, stored) for name, stored in _in_file_order(subject)}
     metadata = read_header(subject.path / ADAPTER_WEIGHTS).metadata or {}
     config: dict[str, Any] = json.loads((subject.path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    grown: dict[str, int] = {}
+    rslora = bool(config.get("use_rslora"))
+    grown: dict[str, tuple[int, float]] = {}
     for name, lora in subject.modules.items():
         touching = [artifact for artifact in artifacts if artifact.module(name) is not None]
         if not touching:
             continue
         A, B = _compose_module(tensors[lora.a_tensor], tensors[lora.b_tensor], name, touching)
-        tensors[lora.a_tensor], tensors[lora.b_tensor] = A, B
         if A.shape[0] != lora.rank:
-            grown[name] = A.shape[0]
+            grown[name] = _rank_and_alpha(lora, A.shape[0], rslora=rslora)
+            more = grown[name][0] - A.shape[0]
+            A, B = torch.nn.functional.pad(A, (0, 0, 0, more)), torch.nn.functional.pad(B, (0, more))
+        tensors[lora.a_tensor], tensors[lora.b_tensor] = A, B
     if grown:
         config = _with_ranks(config, subject, grown)
     return ComposedAdapter(tensors, config, metadata, unchanged=not artifacts)
@@ -136,20 +131,16 @@ def _find_rows(A: Tensor, sought: Tensor) -> int | None:
     return None
 
 
-def _with_ranks(config: dict[str, Any], subject: Adapter, grown: Mapping[str, int]) -> dict[str, Any]:
+def _with_ranks(config: dict[str, Any], subject: Adapter, grown: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """Name every module in full with its rank, and with the alpha that keeps its scale.
 
     In PEFT the first matching pattern wins, and it sorts patterns when it saves; full names alone cannot be shadowed.
     """
-    rslora = bool(config.get("use_rslora"))
-    ranks = {name: grown.get(name, lora.rank) for name, lora in subject.modules.items()}
+    chosen = {name: grown.get(name, (lora.rank, lora.alpha)) for name, lora in subject.modules.items()}
     return {
         **config,
-        "rank_pattern": {_pattern(name): rank for name, rank in ranks.items()},
-        "alpha_pattern": {
-            _pattern(name): _alpha(lora, ranks[name], rslora=rslora) if name in grown else lora.alpha
-            for name, lora in subject.modules.items()
-        },
+        "rank_pattern": {_pattern(name): rank for name, (rank, _) in chosen.items()},
+        "alpha_pattern": {_pattern(name): alpha for name, (_, alpha) in chosen.items()},
     }
 
 
@@ -157,17 +148,20 @@ def _pattern(name: str) -> str:
     return re.escape(name)
 
 
-def _alpha(lora: LoraModule, rank: int, *, rslora: bool) -> float:
-    divisor = math.sqrt(rank) if rslora else rank
-    alpha = lora.scale * divisor
-    candidates = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    for candidate in candidates:
-        if candidate / divisor == lora.scale:
-            return candidate
-    raise AdapterScaleError(
-        f"no lora_alpha gives {lora.name} the scale {lora.scale!r} at rank {rank}",
-        "merge the adapter into a full checkpoint and register that as the subject",
-    )
+def _rank_and_alpha(lora: LoraModule, least: int, *, rslora: bool) -> tuple[int, float]:
+    """Return the smallest rank from `least` on with an alpha that gives the very same scale in PEFT's arithmetic.
+
+    Not every scale is a quotient by every rank: 6/√3, say, is no float divided by √6. The surplus ranks hold zeros. The
+    search ends at the latest where the rank is the adapter's own times a power of four, since both alpha and divisor
+    are then multiplied by a power of two.
+    """
+    for rank in itertools.count(least):
+        divisor = math.sqrt(rank) if rslora else rank
+        alpha = lora.scale * divisor
+        for candidate in (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)):
+            if candidate / divisor == lora.scale:
+                return rank, candidate
+    raise AssertionError("unreachable")
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -21,7 +21,14 @@ from governance.errors import PlanError, WeightsChangedError
 from governance.lineage_state import Recorded, recorded_state, require_settled, require_working_unchanged
 from governance.patch_artifact import Side
 from governance.planning import PatchPlan, PreparedPatch, prepared
-from governance.working_files import Change, FilesAfter, measure_working, restore_side, write_change
+from governance.working_files import (
+    Change,
+    FilesAfter,
+    finish_change,
+    measure_working,
+    restore_side,
+    write_change,
+)
 from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
 from registry import claims, queries
@@ -325,19 +332,13 @@ def _undo_apply(workspace: Workspace, patch_id: int, failure: str) -> None:
         change = _change(workspace, session, patch, "old")
         digest_before = patch.digest_before
     restore_side(working, subject, change)
-    after = _require_state(working, recorded, digest_before)
+    after = measure_working(working, recorded)
     with workspace.registry.write() as session:
         patch = session.get_one(Patch, patch_id)
         patch.state = "rejected"
         patch.failure = failure
-        _record_files(session, patch.lineage, after)
-        workspace.record(
-            session,
-            "patch.undone",
-            "lineage",
-            patch.lineage.name,
-            {"patch": patch.sequence, "failure": failure, "state_digest": after.digest},
-        )
+        _record_return(workspace, session, patch, "patch.undone", failure, after)
+    _require_digest(working, after, digest_before)
 
 
 def _begin_revert(
@@ -380,29 +381,27 @@ def _settle_revert(workspace: Workspace, patch_id: int, failure: str | None) -> 
         working, subject, recorded = _paths(patch.lineage)
         change = _change(workspace, session, patch, "old" if failure is None else "new")
         digest_before = patch.lineage.state_digest
-    restore_side(working, subject, change)
     if failure is None:
-        _finish_revert(workspace, patch_id, measure_working(working, recorded))
+        try:
+            after = finish_change(working, subject, change, recorded)
+        except WeightsChangedError as changed:
+            _settle_revert(workspace, patch_id, failure=str(changed))
+            raise
+        _finish_revert(workspace, patch_id, after)
         return
-    after = _require_state(working, recorded, digest_before)
+    restore_side(working, subject, change)
+    after = measure_working(working, recorded)
     with workspace.registry.write() as session:
         patch = session.get_one(Patch, patch_id)
         patch.state = "applied"
-        _record_files(session, patch.lineage, after)
-        workspace.record(
-            session,
-            "patch.revert-undone",
-            "lineage",
-            patch.lineage.name,
-            {"patch": patch.sequence, "failure": failure, "state_digest": after.digest},
-        )
+        _record_return(workspace, session, patch, "patch.revert-undone", failure, after)
+    _require_digest(working, after, digest_before)
 
 
 def _finish_revert(workspace: Workspace, patch_id: int, after: FilesAfter) -> PatchSummary:
     with workspace.registry.write() as session:
         patch = session.get_one(Patch, patch_id)
         lineage = patch.lineage
-        was_head = lineage.head_patch_id == patch_id
         patch.state = "reverted"
         patch.reverted_at = workspace.clock()
         released = claims.release(session, patch_id)
@@ -418,13 +417,25 @@ def _finish_revert(workspace: Workspace, patch_id: int, after: FilesAfter) -> Pa
             {
                 "patch": patch.sequence,
                 "digest_after": after.digest,
-                "exact": after.digest == patch.digest_before if was_head else None,
+                "exact": after.digest == patch.digest_before if _stands_as_before(session, patch, applied) else None,
                 "neurons_released": released,
                 "files": {file.file: file.sha256 for file in after.files if file.file in after.written},
             },
         )
         session.flush()
         return patch_summary(patch)
+
+
+def _stands_as_before(session: Session, patch: Patch, applied: tuple[Patch, ...]) -> bool:
+    """Whether the patches that are applied now are those that were when `patch` was, so that its digest must return."""
+    then = {
+        other.id
+        for other in queries.list_patches(session, patch.lineage_id)
+        if other.sequence < patch.sequence
+        and other.applied_at is not None
+        and (other.reverted_at is None or (patch.applied_at is not None and other.reverted_at > patch.applied_at))
+    }
+    return {other.id for other in applied} == then
 
 
 def _change(workspace: Workspace, session: Session, patch: Patch, side: Side) -> Change:
@@ -441,14 +452,28 @@ def _paths(lineage: Lineage) -> tuple[Path, Path, Recorded]:
     return Path(lineage.working_path), Path(lineage.subject.path), recorded_state(lineage)
 
 
-def _require_state(working: Path, recorded: Recorded, digest: str) -> FilesAfter:
-    after = measure_working(working, recorded)
+def _record_return(
+    workspace: Workspace, session: Session, patch: Patch, action: str, failure: str, after: FilesAfter
+) -> None:
+    """Record that a patch's rows are as they were before the attempt.
+
+    Where other bytes are not what was recorded, something else wrote them: the files' record stays, and names them.
+    """
+    lineage = patch.lineage
+    payload: dict[str, Any] = {"patch": patch.sequence, "failure": failure, "state_digest": lineage.state_digest}
+    if after.digest == lineage.state_digest:
+        _record_files(session, lineage, after)
+    else:
+        payload["found_digest"] = after.digest
+    workspace.record(session, action, "lineage", lineage.name, payload)
+
+
+def _require_digest(working: Path, after: FilesAfter, digest: str) -> None:
     if after.digest != digest:
         raise WeightsChangedError(
             f"the working checkpoint {working} could not be brought back to its recorded state",
-            "run neuronledger audit verify --weights to see which tensors differ",
+            "something else wrote there; run neuronledger audit verify --weights to see which tensors differ",
         )
-    return after
 
 
 def _record_files(session: Session, lineage: Lineage, after: FilesAfter) -> None:

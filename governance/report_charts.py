@@ -2,22 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, floor
 
 from governance.report_figures import Control, Figure, FigureTable, Stage, StageFigures
 from governance.report_records import IdentificationRecord
 
 WIDTH = 340.0
 HEIGHT = 214.0
-LEFT, RIGHT, TOP, BOTTOM = 34.0, 12.0, 20.0, 40.0
+LEFT, RIGHT, TOP, BOTTOM = 34.0, 12.0, 24.0, 40.0
 _GUTTER = 14.0
 """Room between the reference models and the lineage's own stages."""
+
+_NAME_WIDTH = 40.0
+"""Room that the names of the reference models and of the subject need."""
+
+_CROWDED = 9
+"""With more stages than this only the first, the last and the panel's own figures are printed into the chart."""
 
 _STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A measured point with its interval, and the place of its printed value."""
+    """A measured point with its interval, and the place of its printed value ("": none is printed)."""
 
     x: float
     y: float
@@ -74,6 +81,7 @@ class LayerPanel:
     """
 
     title: str
+    dimension: str
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     points: tuple[tuple[float, float, bool], ...]
@@ -95,13 +103,20 @@ def rate_panels(table: FigureTable, dimensions: Sequence[str]) -> tuple[RatePane
     return tuple(_rate_panel(table, column, places, separator, dimensions) for column in range(len(table.quantities)))
 
 
-def layer_panel(record: IdentificationRecord) -> LayerPanel | None:
-    """Lay out the layer curve of an identification; None where no gap was recorded."""
+def layer_panels(records: Sequence[IdentificationRecord]) -> tuple[LayerPanel, ...]:
+    """Lay out the layer curves of the identifications that recorded one, all on the same scale."""
+    gaps = [layer.gap for record in records for layer in record.layers if layer.gap is not None]
+    if not gaps:
+        return ()
+    levels = _levels(min(0.0, *gaps), max(0.0, *gaps))
+    return tuple(
+        _layer_panel(record, levels) for record in records if any(layer.gap is not None for layer in record.layers)
+    )
+
+
+def _layer_panel(record: IdentificationRecord, levels: Sequence[float]) -> LayerPanel:
     known = [(layer.block, layer.gap, layer.in_scope) for layer in record.layers if layer.gap is not None]
-    if not known:
-        return None
-    gaps = [gap for _, gap, _ in known]
-    low, high = _range(min(0.0, *gaps), max(0.0, *gaps))
+    low, high = levels[0], levels[-1]
     step = (WIDTH - LEFT - RIGHT - 12) / max(1, len(record.layers) - 1)
     first = record.layers[0].block
 
@@ -118,8 +133,9 @@ def layer_panel(record: IdentificationRecord) -> LayerPanel | None:
     scope = _ranges(in_scope)
     return LayerPanel(
         title=record.label,
+        dimension=record.dimension,
         x_ticks=tuple(Tick(place_x(layer.block), str(layer.block)) for layer in record.layers[::every]),
-        y_ticks=tuple(Tick(place_y(value), f"{value:.2f}") for value in (low, (low + high) / 2, high)),
+        y_ticks=tuple(Tick(place_y(level), f"{level:.2f}") for level in levels),
         points=points,
         path=_path([(x, y) for x, y, _ in points]),
         bands=tuple(
@@ -149,10 +165,17 @@ def _rate_panel(
         x_ticks=tuple(
             Tick(places[index], _short(row.stage), _is_own(row.stage, quantity.dimension))
             for index, row in enumerate(table.rows)
+            if _is_labelled(index, row.stage, len(table.rows)) or _is_own(row.stage, quantity.dimension)
         ),
         y_ticks=tuple(Tick(_y(value), str(value)) for value in (0, 25, 50, 75, 100)),
         marks=tuple(
-            _mark(places[index], figure, beside.get(places[index]), own=_is_own(stage, quantity.dimension))
+            _mark(
+                places[index],
+                figure,
+                beside.get(places[index]),
+                own=_is_own(stage, quantity.dimension),
+                printed=_is_printed(index, stage, len(table.rows)) or _is_own(stage, quantity.dimension),
+            )
             for index, stage, figure in points
         ),
         path=_path([*start, *own]),
@@ -169,11 +192,18 @@ def _places(stages: Sequence[Stage]) -> tuple[dict[int, float], float | None]:
     own = [index for index in range(len(stages)) if index not in references]
     gutter = _GUTTER if references and own else 0.0
     inner = WIDTH - LEFT - RIGHT - gutter
-    step = inner / max(1, len(stages))
-    places = {}
-    for order, index in enumerate([*references, *own]):
-        places[index] = round(LEFT + step * (order + 0.5) + (gutter if index in own else 0.0), 2)
-    separator = round(LEFT + step * len(references) + gutter / 2, 2) if gutter else None
+    named = sum(stage.patch is None for stage in stages)
+    even = inner / max(1, len(stages))
+    broad = max(even, _NAME_WIDTH)
+    narrow = (inner - named * broad) / (len(stages) - named) if len(stages) > named else even
+    edge, places, separator = LEFT, {}, None
+    for index in [*references, *own]:
+        if own and index == own[0] and gutter:
+            separator = round(edge + gutter / 2, 2)
+            edge += gutter
+        width = broad if stages[index].patch is None else narrow
+        places[index] = round(edge + width / 2, 2)
+        edge += width
     return places, separator
 
 
@@ -193,12 +223,13 @@ def _control_points(
     return points
 
 
-def _mark(x: float, figure: Figure, beside: float | None, *, own: bool) -> Mark:
+def _mark(x: float, figure: Figure, beside: float | None, *, own: bool, printed: bool) -> Mark:
     y = _y(figure.value)
     low = _y(figure.value if figure.low is None else figure.low)
     high = _y(figure.value if figure.high is None else figure.high)
     below = beside is not None and beside < y and low + 12 < _y(0)
-    return Mark(x, y, low, high, f"{figure.value:.1f}", round(low + 12 if below else high - 5, 2), own)
+    y_label = max(low, y + 5) + 12 if below else min(high, y - 5) - 4
+    return Mark(x, y, low, high, f"{figure.value:.1f}" if printed else "", round(y_label, 2), own)
 
 
 def _y(percent: float) -> float:
@@ -209,6 +240,15 @@ def _short(stage: Stage) -> str:
     if stage.patch is None:
         return stage.label
     return str(stage.patch) if stage.patch else "none"
+
+
+def _is_printed(index: int, stage: Stage, stages: int) -> bool:
+    return stages <= _CROWDED or stage.patch is None or index == stages - 1
+
+
+def _is_labelled(index: int, stage: Stage, stages: int) -> bool:
+    """With many patches only every fifth has its number on the axis, so that the numbers do not touch."""
+    return stages <= 2 * _CROWDED or stage.patch is None or index == stages - 1 or stage.patch % 5 == 0
 
 
 def _is_own(stage: Stage, dimension: str | None) -> bool:
@@ -224,12 +264,10 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + " L".join(f"{x} {y}" for x, y in points) if len(points) > 1 else ""
 
 
-def _range(low: float, high: float) -> tuple[float, float]:
-    """Round outwards to a tidy step, so that the axis has readable ends."""
-    if low == high:
-        return low, low + 1.0
-    step = next((step for step in _STEPS if (high - low) / step <= 8), _STEPS[-1])
-    return step * (low // step), step * -(-high // step)
+def _levels(low: float, high: float) -> tuple[float, ...]:
+    """Round levels of an axis that holds both ends, which include 0: at most seven."""
+    step = next((step for step in _STEPS if (high - low) / step <= 5), _STEPS[-1])
+    return tuple(round(step * count, 4) for count in range(floor(low / step), max(ceil(high / step), 1) + 1))
 
 
 def _runs(blocks: Sequence[int]) -> list[tuple[int, int]]:

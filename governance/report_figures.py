@@ -15,7 +15,9 @@ from registry.schema import Evaluation, Lineage, Patch
 
 MODEL_STAGES = ("base", "aligned", "subject")
 HARMFULNESS = "harmfulness"
-SAME_SHARE = 0.001
+SAME_SHARE = 0.05
+"""How far shares may lie apart, relative to the larger, and still be called the same."""
+_TITLES = {"over_refusal": "over-refusal"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Quantity:
     @property
     def title(self) -> str:
         """What stands above the column."""
-        return self.dimension or self.metric.replace("_", " ")
+        named = _TITLES.get(self.metric) or self.metric.removeprefix(f"{HARMFULNESS}_").replace("_", " ")
+        return self.dimension or named
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,13 @@ class Control:
     def same_share(self, rows: tuple[StageFigures, ...]) -> bool:
         """Whether it modified the share of parameters that the lineage's `rows` did, patch by patch.
 
-        Neurons differ in their number of parameters, so shares that agree within a tenth of a point count as equal.
+        Neurons differ in their number of parameters, so shares rarely agree exactly.
         """
         shares = {row.stage.patch: row.stage.modified_share for row in rows if row.stage.patch}
         pairs = [(row.stage.modified_share, shares.get(row.stage.patch)) for row in self.rows if row.stage.patch]
         return bool(pairs) and all(
-            own is not None and other is not None and abs(own - other) <= SAME_SHARE for own, other in pairs
+            own is not None and other is not None and abs(own - other) <= SAME_SHARE * max(own, other)
+            for own, other in pairs
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from governance.errors import InputError
-from governance.report_charts import layer_panel, rate_panels
+from governance.report_charts import layer_panels, rate_panels
 from governance.report_data import gather
 from governance.report_records import IdentificationRecord, Report
 from governance.workspace import Workspace
@@ -67,7 +67,7 @@ def render(report: Report) -> str:
         colours=colours,
         harmfulness_panels=rate_panels(report.harmfulness, report.dimensions),
         accuracy_panels=rate_panels(report.accuracy, report.dimensions),
-        layer_panels=[layer_panel(record) for record in report.identifications],
+        layer_panels=layer_panels(report.identifications),
         settings=_settings(report.identifications),
         libraries=_libraries(report.identifications),
     )

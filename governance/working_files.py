@@ -74,13 +74,33 @@ def write_change(working: Path, subject: Path, change: Change, recorded: Recorde
 
 
 def restore_side(working: Path, subject: Path, change: Change) -> None:
-    """Write a change without asking what the files are now: how an interrupted write is undone or finished."""
+    """Write a change without asking what the files are now: how an interrupted write is undone."""
     with open_artifact(change.artifact) as artifact:
         if artifact.header.form == "adapter":
             with _composed(subject, change.applied_after) as (adapter, composed):
                 write_adapter(composed, adapter, working)
         else:
             write_rows(Checkpoint.open(working), artifact, change.side)
+
+
+def finish_change(working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
+    """Write a change that was interrupted halfway, and prove that nothing else changed.
+
+    Args and Raises: as `write_change`; a touched tensor may be anything between what was recorded and what it becomes.
+    """
+    with open_artifact(change.artifact) as artifact:
+        if artifact.header.form == "adapter":
+            return _rewrite_adapter(working, subject, change, recorded)
+        checkpoint = Checkpoint.open(working)
+        write_rows(checkpoint, artifact, change.side)
+        back = tensor_changes(checkpoint, artifact, "old" if change.side == "new" else "new")
+    for tensor, states in back.items():
+        if states.after != recorded.tensors[tensor].sha256:
+            raise _changed(working, tensor, "is not what was recorded")
+    after = measure_working(working, recorded)
+    expected = {name: state.sha256 for name, state in recorded.tensors.items()}
+    _require_expected(working, after, expected | {tensor: states.before for tensor, states in back.items()})
+    return after
 
 
 def measure_working(working: Path, recorded: Recorded) -> FilesAfter:
@@ -106,6 +126,10 @@ def _write_adapter(working: Path, subject: Path, change: Change, recorded: Recor
     for file in recorded.files:
         if digest_file(working / file.file) != file.sha256:
             raise _changed(working, file.file, "is not what was recorded")
+    return _rewrite_adapter(working, subject, change, recorded)
+
+
+def _rewrite_adapter(working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
     with _composed(subject, change.applied_after) as (adapter, composed):
         expected = {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in composed.tensors.items()}
         write_adapter(composed, adapter, working)

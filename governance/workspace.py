@@ -84,7 +84,7 @@ class Workspace:
             yield
         except (RegistryError, RegistryBusyError):
             raise
-        except NeuronLedgerError as refusal:
+        except (NeuronLedgerError, OSError) as refusal:
             with self.registry.write() as session:
                 self.record(
                     session,

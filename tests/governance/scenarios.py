@@ -74,8 +74,8 @@ class Scenario:
         return self.workspace.directory / "lineages" / self.name
 
     def identify(self, dimension: str, **settings: Any) -> IdentificationSummary:
-        """Find the neurons of a dimension."""
-        return run_identification(self.workspace, self.name, dimension, settings_of(**settings))
+        """Find the neurons of a dimension, or take what was found with these settings at this very head."""
+        return run_identification(self.workspace, self.name, dimension, settings_of(**settings), reuse=True)
 
     def plan(self, dimension: str, **settings: Any) -> PatchPlan:
         """Identify and plan."""
@@ -141,14 +141,23 @@ class Scenario:
         """Effective weights of the subject."""
         return open_weights(self.trio.subject, self.trio.checkpoint)
 
-    def claimed_rows(self) -> dict[tuple[str, int], bytes]:
-        """The effective row of every claimed neuron, by module and row."""
+    def claimed_rows(self) -> dict[tuple[str, int], Any]:
+        """What every claimed neuron's row is, bit for bit, by module and row.
+
+        Of an adapter: the entries of its row of lora_B that are not zero, each with the row of lora_A it weighs, since
+        where appended rows of lora_A stand depends on the patches before, and the sum of the products on their order.
+        """
         weights = self.weights()
-        return {
-            (module, row): weights.rows(module, torch.tensor([row])).numpy().tobytes()
-            for module, rows in self.claims().items()
-            for row in rows
-        }
+        found: dict[tuple[str, int], Any] = {}
+        for module, rows in self.claims().items():
+            factors = weights.factors(module)
+            for row in rows:
+                if factors is None:
+                    found[module, row] = weights.rows(module, torch.tensor([row])).numpy().tobytes()
+                    continue
+                terms = [(factors.A[j].numpy().tobytes(), float(b)) for j, b in enumerate(factors.B[row]) if b != 0]
+                found[module, row] = (factors.scale, sorted(terms))
+        return found
 
 
 def settings_of(preset: str | None = None, **settings: Any) -> FgsnSettings:
@@ -177,7 +186,7 @@ def write_prompts(directory: Path) -> Path:
 def register_trio(workspace: Workspace, trio: Trio) -> None:
     """Register a subject with its aligned and base models under the names of their roles."""
     on = None
-    if trio.checkpoint is not None and trio.checkpoint != trio.aligned and trio.checkpoint != trio.base:
+    if trio.checkpoint not in (None, trio.aligned, trio.base):
         register_model(workspace, "checkpoint", trio.checkpoint, "reference")
         on = "checkpoint"
     for role, path in (("base", trio.base), ("aligned", trio.aligned), ("subject", trio.subject)):

@@ -1,0 +1,323 @@
+"""Failures and kills in the middle of a patch: the state is the one before or the one after, and nothing is hidden."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from algorithms.checkpoints import Checkpoint
+from governance import patching
+from governance.auditing import verify
+from governance.errors import InterruptedPatchError, WeightsChangedError
+from governance.patching import RecoveryAction, apply_patch, recover
+from governance.planning import dry_run, plan_patch
+from registry.errors import NeuronProtectedError, RegistryError
+from registry.heads import HeadFile
+from tests.governance.faults import Fault, Operation, flip_byte, struck_by
+from tests.governance.scenarios import Scenario, digests
+
+Pick = Callable[[str], Scenario]
+WHERE: list[tuple[str, Operation, str]] = [
+    ("scenario", "pwrite", "first"),
+    ("scenario", "pwrite", "last"),
+    ("scenario", "fsync", "last"),
+    ("lora_scenario", "pwrite", "middle"),
+    ("lora_scenario", "fsync", "first"),
+    ("lora_scenario", "replace", "first"),
+    ("lora_scenario", "replace", "last"),
+]
+POINTS = pytest.mark.parametrize(("kind", "operation", "position"), WHERE)
+
+
+@pytest.fixture
+def pick(request: pytest.FixtureRequest) -> Pick:
+    """A scenario by the name of its fixture, so that only the one that is asked for is made."""
+    return request.getfixturevalue
+
+
+def _fault(scenario: Scenario, operation: Operation, position: str, act: Callable[[], Any], **what: Any) -> Fault:
+    """A fault at the first, middle or last such operation of what `act` does."""
+    with struck_by(Fault(scenario.working, operation)) as counted:
+        act()
+    assert counted.count > 0
+    at = {"first": 1, "middle": (counted.count + 1) // 2, "last": counted.count}[position]
+    return Fault(scenario.working, operation, at, **what)
+
+
+def _require_blocked(scenario: Scenario) -> None:
+    """Every change of the lineage is refused until it is recovered."""
+    for act in (
+        scenario.revert,
+        lambda: scenario.identify("weapons"),
+        lambda: plan_patch(scenario.workspace, "line", 1),
+    ):
+        with pytest.raises(InterruptedPatchError, match="run neuronledger recover") as refusal:
+            act()
+        assert refusal.value.exit_code == 3
+
+
+@POINTS
+def test_a_failing_disk_leaves_the_version_before_an_apply(
+    pick: Pick, kind: str, operation: Operation, position: str
+) -> None:
+    scenario = pick(kind)
+    code = errno.EIO if operation == "fsync" else errno.ENOSPC
+    fault = _fault(scenario, operation, position, lambda: scenario.apply("animals"), error=OSError(code, "no"))
+    scenario.revert()
+    before = digests(scenario.working)
+    plan = scenario.plan("animals")
+    with struck_by(fault), pytest.raises(OSError, match="no") as failure:
+        apply_patch(scenario.workspace, plan)
+    assert failure.value.errno == code
+    assert digests(scenario.working) == before
+    assert (scenario.states(), scenario.claims()) == (["reverted", "rejected"], {})
+    assert "no" in (scenario.patch(2).failure or "")
+    actions = [action for action, _ in scenario.events()]
+    assert actions[-3:] == ["patch.applying", "patch.undone", "refused"]
+    scenario.require_sound()
+    assert scenario.apply("animals").state == "applied"
+    scenario.revert()
+    assert digests(scenario.working) == digests(scenario.trio.subject)
+    scenario.require_sound()
+
+
+@POINTS
+def test_a_failing_disk_leaves_the_version_before_a_revert(
+    pick: Pick, kind: str, operation: Operation, position: str
+) -> None:
+    scenario = pick(kind)
+    scenario.apply("weapons")
+    scenario.apply("animals")
+    fault = _fault(scenario, operation, position, scenario.revert, error=OSError(errno.EIO, "no"))
+    scenario.apply("animals")
+    before, held = digests(scenario.working), scenario.claims()
+    with struck_by(fault), pytest.raises(OSError, match="no"):
+        scenario.revert()
+    assert digests(scenario.working) == before
+    assert scenario.states() == ["applied", "reverted", "applied"]
+    assert scenario.claims() == held
+    assert [action for action, _ in scenario.events()][-3:] == ["patch.reverting", "patch.revert-undone", "refused"]
+    scenario.require_sound()
+    scenario.revert()
+    scenario.revert()
+    assert digests(scenario.working) == digests(scenario.trio.subject)
+
+
+@POINTS
+def test_an_apply_that_was_killed_is_taken_back(pick: Pick, kind: str, operation: Operation, position: str) -> None:
+    scenario = pick(kind)
+    scenario.apply("weapons")
+    fault = _fault(
+        scenario, operation, position, lambda: scenario.apply("animals"), error=KeyboardInterrupt(), torn=True
+    )
+    scenario.revert()
+    before, held = digests(scenario.working), scenario.claims()
+    plan = scenario.plan("animals")
+    with struck_by(fault), pytest.raises(KeyboardInterrupt):
+        apply_patch(scenario.workspace, plan)
+    assert scenario.states() == ["applied", "reverted", "applying"]
+    _require_blocked(scenario)
+    assert recover(scenario.workspace) == [RecoveryAction("line", 3, "applying", "rejected")]
+    assert digests(scenario.working) == before
+    assert (scenario.states()[-1], scenario.claims()) == ("rejected", held)
+    scenario.require_sound()
+    assert recover(scenario.workspace) == []
+    assert scenario.apply("animals").state == "applied"
+    scenario.require_sound()
+
+
+@POINTS
+def test_a_revert_that_was_killed_is_finished(pick: Pick, kind: str, operation: Operation, position: str) -> None:
+    scenario = pick(kind)
+    scenario.apply("weapons")
+    old = digests(scenario.working)
+    scenario.apply("animals")
+    fault = _fault(scenario, operation, position, scenario.revert, error=KeyboardInterrupt(), torn=True)
+    scenario.apply("animals")
+    with struck_by(fault), pytest.raises(KeyboardInterrupt):
+        scenario.revert()
+    assert scenario.states() == ["applied", "reverted", "reverting"]
+    _require_blocked(scenario)
+    assert recover(scenario.workspace) == [RecoveryAction("line", 3, "reverting", "reverted")]
+    assert digests(scenario.working) == old
+    assert {patch for rows in scenario.claims().values() for patch in rows.values()} == {1}
+    scenario.require_sound()
+    scenario.revert()
+    assert digests(scenario.working) == digests(scenario.trio.subject)
+
+
+@pytest.mark.parametrize("kind", ["scenario", "lora_scenario"])
+def test_a_kill_after_the_intent_and_one_before_the_result(
+    pick: Pick, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario = pick(kind)
+    before = digests(scenario.working)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for point in ("write_change", "_finish_apply"):
+        plan = scenario.plan("animals")
+        with monkeypatch.context() as patch:
+            patch.setattr(patching, point, killed)
+            with pytest.raises(KeyboardInterrupt):
+                apply_patch(scenario.workspace, plan)
+        assert scenario.states()[-1] == "applying"
+        assert (digests(scenario.working) == before) == (point == "write_change")
+        _require_blocked(scenario)
+        recover(scenario.workspace)
+        assert digests(scenario.working) == before
+        scenario.require_sound()
+    scenario.apply("animals")
+    for point in ("write_change", "_finish_revert"):
+        with monkeypatch.context() as patch:
+            patch.setattr(patching, point, killed)
+            with pytest.raises(KeyboardInterrupt):
+                scenario.revert()
+        assert scenario.states()[-1] == "reverting"
+        recover(scenario.workspace)
+        assert digests(scenario.working) == before
+        scenario.require_sound()
+        scenario.apply("animals")
+
+
+def test_a_recovery_that_is_killed_can_be_run_again(scenario: Scenario) -> None:
+    plan = scenario.plan("animals")
+    with struck_by(Fault(scenario.working, "fsync", 1, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
+        apply_patch(scenario.workspace, plan)
+    with struck_by(Fault(scenario.working, "pwrite", 3, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
+        recover(scenario.workspace)
+    assert scenario.states() == ["applying"]
+    recover(scenario.workspace)
+    assert digests(scenario.working) == digests(scenario.trio.subject)
+    scenario.require_sound()
+
+
+@pytest.mark.parametrize("kind", ["scenario", "lora_scenario"])
+def test_a_disk_that_stays_broken_leaves_it_to_recover(pick: Pick, kind: str) -> None:
+    scenario = pick(kind)
+    plan = scenario.plan("animals")
+    broken = Fault(scenario.working, "pwrite", 2, OSError(errno.EIO, "no"), once=False)
+    with struck_by(broken), pytest.raises(OSError, match="no"):
+        apply_patch(scenario.workspace, plan)
+    assert scenario.states()[-1] in {"applying", "rejected"}  # an adapter's own files are still there
+    recover(scenario.workspace)
+    assert scenario.states() == ["rejected"]
+    assert digests(scenario.working) == digests(scenario.trio.subject)
+    scenario.require_sound()
+
+
+@pytest.mark.parametrize("act", [dry_run, apply_patch])
+def test_no_room_for_the_artifact_refuses_before_any_intent(scenario: Scenario, act: Callable[..., Any]) -> None:
+    plan = scenario.plan("animals")
+    store = scenario.workspace.store
+    artifacts = store.list()
+    full = Fault(store.directory, "pwrite", 3, OSError(errno.ENOSPC, "No space left on device"))
+    with struck_by(full), pytest.raises(OSError, match="No space"):
+        act(scenario.workspace, plan)
+    assert (scenario.states(), store.list(), store.leftovers()) == ([], artifacts, ())
+    action, payload = scenario.events()[-1]
+    assert (action, payload["error"]) == ("refused", "OSError")
+    scenario.require_sound()
+
+
+def test_a_second_claim_undoes_the_patch_that_wanted_it(scenario: Scenario) -> None:
+    """The database refuses the claim at the very end; the rows that were written by then are taken back."""
+    scenario.apply("weapons", budget=0.05)
+    plan = scenario.plan("animals")
+    before = digests(scenario.working)
+    module = plan.touched[0]
+    with scenario.workspace.registry.write() as session:
+        session.execute(
+            text("INSERT INTO protected_neurons (lineage_id, module_id, neuron, patch_id) VALUES (1, :m, :n, 1)"),
+            {"m": module.module_id, "n": int(module.rows[0])},
+        )
+    with pytest.raises(NeuronProtectedError, match="is protected by patch 1") as refusal:
+        apply_patch(scenario.workspace, plan)
+    assert refusal.value.exit_code == 1
+    assert digests(scenario.working) == before
+    assert scenario.states() == ["applied", "rejected"]
+
+
+def test_a_committed_patch_stays_when_only_the_head_file_fails(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = scenario.plan("animals")
+    appended = HeadFile.append
+    calls: list[int] = []
+
+    def failing(self: HeadFile, head: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RegistryError("the change is recorded, but the head file cannot be written", "make it writable")
+        appended(self, head)
+
+    monkeypatch.setattr(HeadFile, "append", failing)
+    with pytest.raises(RegistryError, match="the change is recorded"):
+        apply_patch(scenario.workspace, plan)
+    assert scenario.states() == ["applied"]
+    assert {module: set(rows) for module, rows in scenario.claims().items()} == scenario.artifact_rows(1)
+    scenario.require_sound()
+
+
+def _offsets(scenario: Scenario, plan_module: str | None) -> tuple[Path, int]:
+    """A byte of a tensor: of a module that the plan touches, or of the embedding."""
+    checkpoint = Checkpoint.open(scenario.working)
+    name = f"{plan_module}.weight" if plan_module else "model.embed_tokens.weight"
+    stored = checkpoint.stored(name)
+    return scenario.working / stored.file, stored.begin + 5
+
+
+@pytest.mark.parametrize("where", ["touched", "untouched"])
+def test_a_byte_that_somebody_changed_refuses_the_apply_and_is_not_hidden(scenario: Scenario, where: str) -> None:
+    """Its size and time are as recorded, so only reading the tensors shows it."""
+    plan = scenario.plan("animals")
+    changed = next(
+        module.module
+        for module in plan.touched
+        if 0 not in module.rows.tolist()  # the byte is outside the rows that the patch writes
+    )
+    path, offset = _offsets(scenario, changed if where == "touched" else None)
+    flip_byte(path, offset)
+    with pytest.raises(WeightsChangedError) as refusal:
+        apply_patch(scenario.workspace, plan)
+    assert refusal.value.exit_code == 1
+    assert scenario.states() == ["rejected"]
+    with pytest.raises(WeightsChangedError, match="changed outside the ledger"):
+        scenario.apply("animals")
+    findings = [finding.problem for finding in _findings(scenario)]
+    tensor = f"{changed}.weight" if where == "touched" else "model.embed_tokens.weight"
+    assert any(tensor in problem for problem in findings)
+    flip_byte(path, offset)
+    scenario.require_sound()
+    assert scenario.apply("animals").state == "applied"
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_byte_that_somebody_changed_refuses_the_revert_and_is_not_hidden(
+    scenario: Scenario, *, interrupted: bool
+) -> None:
+    scenario.apply("animals")
+    before = digests(scenario.working)
+    path, offset = _offsets(scenario, None)
+    if interrupted:
+        with struck_by(Fault(scenario.working, "pwrite", 2, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
+            scenario.revert()
+    flip_byte(path, offset)
+    with pytest.raises(WeightsChangedError):
+        recover(scenario.workspace) if interrupted else scenario.revert()
+    assert scenario.states() == ["applied"]
+    assert any("embed_tokens" in finding.problem for finding in _findings(scenario))
+    flip_byte(path, offset)
+    assert digests(scenario.working) == before
+    scenario.require_sound()
+    scenario.revert()
+    assert digests(scenario.working) == digests(scenario.trio.subject)
+    scenario.require_sound()
+
+
+def _findings(scenario: Scenario) -> Any:
+    return verify(scenario.workspace, weights=True).findings
