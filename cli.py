@@ -43,10 +43,21 @@ class LazyGroup(click.Group):
             raise TypeError(f"{_COMMANDS[name]}.{name} is not a command")
         return command
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the options before the command; a mistake becomes one line on stderr."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            _explain(error)
+            raise click.exceptions.Exit(error.exit_code) from error
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an error becomes one line on stderr and its exit code."""
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            _explain(error)
+            ctx.exit(error.exit_code)
         except NeuronLedgerError as error:
             click.echo(f"neuronledger: {' '.join(str(error).split())}", err=True)
             ctx.exit(error.exit_code)
@@ -59,6 +70,16 @@ class LazyGroup(click.Group):
                 err=True,
             )
             ctx.exit(2)
+
+
+def _explain(error: click.UsageError) -> None:
+    """Print a mistake in the command line as one line; a group without a command shows its help instead."""
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # from click 8.2 on
+        error.show()
+        return
+    command = error.ctx.command_path if error.ctx else "neuronledger"
+    problem = " ".join(error.format_message().split()).rstrip(".")
+    click.echo(f"neuronledger: {problem}. See {command} --help.", err=True)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

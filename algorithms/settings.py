@@ -66,7 +66,7 @@ class FgsnSettings(BaseModel):
         "defines the top set whose overlap with the selection is reported.",
     )
     budget: float = Field(
-        0.30, gt=0, le=1, description="Share of the parameters of all linear modules that may be selected (budget)."
+        0.60, gt=0, le=1, description="Share of the parameters of all linear modules that may be selected (budget)."
     )
     layers: str = Field(
         "all",
@@ -83,7 +83,7 @@ class FgsnSettings(BaseModel):
 
     # --- what is measured
     tokens: str = Field(
-        "header+answer",
+        "prompt+header+answer",
         description="Tokens that the statistics count: prompt, header (chat template between prompt and answer), "
         "answer, or several joined by +.",
     )

@@ -152,13 +152,15 @@ def _rank_and_alpha(lora: LoraModule, least: int, *, rslora: bool) -> tuple[int,
     """Return the smallest rank from `least` on with an alpha that gives the very same scale in PEFT's arithmetic.
 
     Not every scale is a quotient by every rank: 6/√3, say, is no float divided by √6. The surplus ranks hold zeros. The
-    search ends at the latest where the rank is the adapter's own times a power of four, since both alpha and divisor
-    are then multiplied by a power of two.
+    search ends at the latest where the rank is the adapter's own times a power of four: alpha and divisor are then both
+    multiplied by a power of two.
     """
     for rank in itertools.count(least):
         divisor = math.sqrt(rank) if rslora else rank
         alpha = lora.scale * divisor
-        for candidate in (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)):
+        exact = lora.alpha * (math.sqrt(rank / lora.rank) if rslora else rank / lora.rank)
+        around = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+        for candidate in (round(alpha), exact, *around):
             if candidate / divisor == lora.scale:
                 return rank, candidate
     raise AssertionError("unreachable")

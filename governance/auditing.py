@@ -1,5 +1,6 @@
 """Auditing: what was recorded, and whether record, artifacts, claims and weights still agree."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from algorithms.adapters import ADAPTER_CONFIG
-from algorithms.errors import CheckpointError
 from governance.lineage_state import Recorded, recorded_state
 from governance.patch_artifact import open_artifact
 from governance.weight_state import changed_files
@@ -72,7 +72,7 @@ def audit_log(
                 action=event.action,
                 subject_kind=event.subject_kind,
                 subject_name=event.subject_name,
-                payload=json.loads(event.payload),
+                payload=_payload(event),
                 hash=event.hash,
             )
             for event in ledger.events(session)
@@ -117,6 +117,7 @@ def verify(workspace: Workspace, *, weights: bool = False, lineage: str | None =
                 Finding("model", model.name, problem)
                 for problem in changed_files(Path(model.path), model.files, always_hash=weights)
             ]
+            findings += _check_registration(model, events)
         checked["models"] = len(models)
     not_checked = [] if weights else ["file contents whose size and time are as recorded (pass --weights)"]
     return Verification(checked, tuple(not_checked), tuple(findings))
@@ -165,7 +166,7 @@ def _check_claims(
     held: dict[int, set[tuple[str, int]]] = {}
     for module_id, neurons in claims.protected(session, lineage.id).items():
         for neuron, patch_id in neurons.items():
-            held.setdefault(patch_id, set()).add((names[module_id], neuron))
+            held.setdefault(patch_id, set()).add((names.get(module_id, f"module id {module_id}"), neuron))
     applied = queries.applied_patches(session, lineage.id)
     for patch in applied:
         claimed = held.pop(patch.id, set())
@@ -189,28 +190,53 @@ def _artifact_rows(path: Path) -> set[tuple[str, int]]:
         return {(module.name, row) for module in artifact.modules for row in artifact.rows(module.name).tolist()}
 
 
+def _check_registration(model: Model, events: list[ledger.Event]) -> Iterator[Finding]:
+    """What is recorded of a model's files is what the ledger says was registered."""
+    told = [
+        _payload(event) for event in events if (event.action, event.subject_name) == ("model.registered", model.name)
+    ]
+    recorded = {
+        "state_digest": model.state_digest,
+        "path": model.path,
+        "role": model.role,
+        "files": {file.file: file.sha256 for file in model.files},
+    }
+    if not told:
+        yield Finding("records", f"model {model.name}", "the ledger does not tell of its registration")
+        return
+    for name, value in recorded.items():
+        if told[-1].get(name) != value:
+            yield Finding("records", f"model {model.name}", f"its recorded {name} is not the registered one")
+
+
 def _check_states(session: Session, lineage: Lineage, events: list[ledger.Event]) -> Iterator[Finding]:
     """What the ledger says became of each patch is what its record says, and the head's digest with it."""
-    last: dict[int, tuple[str, dict[str, Any]]] = {}
+    actions: dict[int, str] = {}
+    told: dict[int, dict[str, Any]] = {}
     digest: str | None = None
     for event in events:
         if event.subject_kind != "lineage" or event.subject_name != lineage.name:
             continue
-        payload = json.loads(event.payload)
+        payload = _payload(event)
         if event.action.startswith("patch.") and "patch" in payload:
-            last[payload["patch"]] = (event.action, payload)
+            sequence = payload["patch"]
+            actions[sequence] = event.action
+            if event.action in _DESCRIBES_PATCH:
+                told.setdefault(sequence, {"actor": event.actor}).update(payload)
         for key in ("state_digest", "digest_after"):
             if event.action in _MOVES_HEAD and key in payload:
                 digest = payload[key]
     for patch in queries.list_patches(session, lineage.id):
-        action, payload = last.get(patch.sequence, ("", {}))
+        action = actions.get(patch.sequence, "")
         if _STATE_AFTER.get(action) != patch.state:
             yield Finding(
                 "records",
                 f"patch {patch.sequence} of {lineage.name}",
                 f"its record says {patch.state}, the ledger's last event {action or 'nothing'}",
             )
-        yield from _compare_patch(lineage, patch, payload)
+        yield from _compare_patch(lineage, patch, told.get(patch.sequence, {}))
+    for sequence in actions.keys() - {patch.sequence for patch in queries.list_patches(session, lineage.id)}:
+        yield Finding("records", f"patch {sequence} of {lineage.name}", "the ledger speaks of it, but it has no record")
     if digest is not None and digest != lineage.state_digest:
         yield Finding("records", f"lineage {lineage.name}", "its digest is not that of the ledger's last change")
 
@@ -224,9 +250,13 @@ def _compare_patch(lineage: Lineage, patch: Patch, payload: dict[str, Any]) -> I
         "neurons_selected": patch.neurons_selected,
         "parameters_modified": patch.parameters_modified,
         "dimension": patch.dimension.name,
+        "identification": patch.identification_id,
+        "settings_digest": hashlib.sha256(ledger.canonical(patch.settings)).hexdigest(),
+        "actor": patch.actor,
+        "reason": patch.reason or "",
+        "rows_unchanged": patch.rows_unchanged,
+        "neurons_already_protected": patch.neurons_protected,
     }
-    if patch.state != "applied":
-        return
     for name, value in recorded.items():
         if name in payload and payload[name] != value:
             yield Finding(
@@ -245,18 +275,30 @@ def _check_working(lineage: Lineage, checked: dict[str, int], *, weights: bool) 
     recorded: Recorded = recorded_state(lineage)
     try:
         measured = measure_working(working, recorded)
-    except (CheckpointError, FileNotFoundError) as error:
+    except (NeuronLedgerError, OSError) as error:
         yield Finding("weights", f"lineage {lineage.name}", str(error))
         return
     for name, tensor in recorded.tensors.items():
         found = measured.tensors.get(name)
         if found is None or found.sha256 != tensor.sha256:
             yield Finding("weights", f"lineage {lineage.name}", f"tensor {name} is not what was recorded")
+    if measured.digest != lineage.state_digest:
+        yield Finding("weights", f"lineage {lineage.name}", "its weights do not have the digest of its head")
     checked["tensors"] = checked.get("tensors", 0) + len(measured.tensors)
     followed = len(measured.files) - any(file.file == ADAPTER_CONFIG for file in measured.files)
     checked["weight files"] = checked.get("weight files", 0) + followed
 
 
+def _payload(event: ledger.Event) -> dict[str, Any]:
+    """The payload of an event; empty where it is none, which the check of the chain has named already."""
+    try:
+        payload = json.loads(event.payload)
+    except ValueError:
+        return {}
+    return payload if isinstance(payload, dict) else {}
+
+
+_DESCRIBES_PATCH = frozenset({"patch.applying", "patch.applied"})
 _MOVES_HEAD = frozenset({"lineage.created", "patch.applied", "patch.reverted", "patch.undone", "patch.revert-undone"})
 _STATE_AFTER = {
     "patch.applying": "applying",

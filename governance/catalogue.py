@@ -5,18 +5,25 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from algorithms.adapters import is_adapter
 from algorithms.weights import AdapterWeights, CheckpointWeights, open_weights, require_pair
-from governance.errors import InputError, PromptSetError
-from governance.prompt_sets import PromptSet, PromptSource, read_prompt_set, require_disjoint
-from governance.weight_state import WeightState, measure_state, require_finite_weights, require_unchanged
+from governance.errors import InputError, PromptSetError, WeightsChangedError
+from governance.prompt_sets import (
+    PromptSet,
+    PromptSource,
+    parse_canonical,
+    prompt_key,
+    read_prompt_set,
+    require_disjoint,
+)
+from governance.weight_state import FileState, WeightState, measure_state, require_finite_weights, require_unchanged
 from governance.working_checkpoint import create_working_checkpoint, discard_working_checkpoint
 from governance.workspace import Workspace
 from registry import claims, queries
 from registry.schema import (
+    NAME_LENGTH,
     Lineage,
     LineageFile,
     LineageTensor,
@@ -95,6 +102,7 @@ def register_model(workspace: Workspace, name: str, path: Path, role: Role, base
         RecordExistsError: the name is taken.
         NeuronLedgerError: the directory cannot be read safely or is of a kind that is not reached.
     """
+    require_name("model", name)
     with workspace.attempt("model.register", "model", name):
         directory = path.expanduser().resolve()
         adapter = is_adapter(directory)
@@ -162,6 +170,7 @@ def register_dimension(
         RecordExistsError: the name is taken.
         PromptSetError: a set is missing, empty, repeated, or contradicts another.
     """
+    require_name("dimension", name)
     with workspace.attempt("dimension.register", "dimension", name):
         for purpose in ("harmful", "benign"):
             if purpose not in sources:
@@ -179,7 +188,7 @@ def register_dimension(
             prompt_record.created_at = now
         with workspace.registry.write() as session:
             queries.require_absent(session, SafetyDimension, name)
-            _require_new_harm(session, digests["harmful"], sets["harmful"])
+            _require_new_harm(workspace, session, sets["harmful"])
             session.add(record)
             summary = DimensionSummary(
                 name=name,
@@ -236,6 +245,7 @@ def create_lineage(
         WeightsChangedError: a model's files are not what was registered.
         SpaceError: the working checkpoint does not fit on the disk or cannot be written.
     """
+    require_name("lineage", name)
     with workspace.attempt("lineage.create", "lineage", name):
         with workspace.registry.read() as session:
             queries.require_absent(session, Lineage, name)
@@ -248,12 +258,14 @@ def create_lineage(
             sources = {role: weights_of(record) for role, record in records.items()}
             identifiers = {role: record.id for role, record in records.items()}
             state_digest = records["subject"].state_digest
+            registered = {file.file: file.sha256 for file in records["subject"].files}
             tensors = [(t.name, t.shape, t.dtype, t.file, t.sha256) for t in records["subject"].tensors]
         for role in ("aligned", "base"):
             require_pair(sources["subject"], sources[role])
         target = (working or workspace.directory / "lineages" / name).expanduser().resolve()
         files = create_working_checkpoint(sources["subject"].path, target)
         try:
+            _require_copied(target, files, registered)
             lineage = Lineage(
                 name=name,
                 subject_id=identifiers["subject"],
@@ -293,6 +305,19 @@ def create_lineage(
         except BaseException:
             discard_working_checkpoint(target)
             raise
+
+
+def require_name(kind: str, name: str) -> None:
+    """Refuse a name that no file, message or event could carry.
+
+    Raises:
+        InputError: empty, longer than 255 characters, with a slash or a character that cannot be printed.
+    """
+    if not 0 < len(name) <= NAME_LENGTH or not name.isprintable() or {"/", "\\"} & set(name) or name.startswith("."):
+        raise InputError(
+            f"{name[:60]!r} cannot name a {kind}",
+            f"give 1 to {NAME_LENGTH} printable characters without slashes, the first of them no dot",
+        )
 
 
 def list_lineages(workspace: Workspace) -> list[LineageSummary]:
@@ -338,6 +363,17 @@ def _adapter_base(session: Session, name: str, adapter: bool, base: str | None) 
             f"base model {base} is itself an adapter", "name the full checkpoint under it with --base-model"
         )
     return record
+
+
+def _require_copied(target: Path, files: tuple[FileState, ...], registered: Mapping[str, str]) -> None:
+    """The copy is of the files that were registered: a change that left size and time as they were shows here."""
+    copied = {file.file: file.sha256 for file in files}
+    for file, sha256 in registered.items():
+        if copied.get(file) != sha256:
+            raise WeightsChangedError(
+                f"{file} of the subject is not what was registered: its copy in {target} has another SHA-256",
+                "restore the file, or register the changed model under another name",
+            )
 
 
 def _model_with_role(session: Session, name: str, role: str) -> Model:
@@ -420,13 +456,15 @@ def _prompt_set_record(purpose: Purpose, prompt_set: PromptSet, digest: str) -> 
     )
 
 
-def _require_new_harm(session: Session, digest: str, prompt_set: PromptSet) -> None:
-    """A second dimension with the very same harmful prompts would be the first one under another name."""
-    existing = session.scalars(
-        select(PromptSetRecord).where(PromptSetRecord.digest == digest, PromptSetRecord.purpose == "harmful")
-    ).first()
-    if existing is not None and existing.dimension is not None:
-        raise PromptSetError(
-            f"the harmful prompts of {prompt_set.source.location} are those of dimension {existing.dimension.name}",
-            "register other prompts, or use that dimension",
-        )
+def _require_new_harm(workspace: Workspace, session: Session, prompt_set: PromptSet) -> None:
+    """A second dimension with the same harmful prompts, in whatever order, would be the first under another name."""
+    wanted = prompt_set.keys().keys()
+    for existing in queries.prompt_sets(session, purpose="harmful"):
+        if existing.dimension is None or existing.rows != len(wanted) or not workspace.store.contains(existing.digest):
+            continue
+        rows = parse_canonical(workspace.store.read_bytes(existing.digest))
+        if {prompt_key(row.prompt) for row in rows} == wanted:
+            raise PromptSetError(
+                f"the harmful prompts of {prompt_set.source.location} are those of dimension {existing.dimension.name}",
+                "register other prompts, or use that dimension",
+            )

@@ -22,10 +22,10 @@ from torch import nn
 from algorithms.errors import SettingsError
 from algorithms.laboratory.language import Example, Language, Speaker, invent_language, seeded
 from algorithms.laboratory.tokenizer import word_tokenizer
-from algorithms.laboratory.training import Goal, Group, Schedule, train
+from algorithms.laboratory.training import Goal, Group, Schedule, reached, train
 from algorithms.loading import quiet_transformers
 
-VERSION = 1
+VERSION = 3
 MANIFEST = "laboratory.json"
 
 Progress = Callable[[str, int, int], None]
@@ -43,10 +43,11 @@ class Recipe:
         rank: of the LoRA adapter; its alpha is twice that.
         base: training of the base.
         alignment: training of the aligned adapter.
-        fine_tuning: training of the fine-tuned adapter, which continues from the aligned one, until its goal.
+        task: first part of fine-tuning, which continues from the aligned adapter, until the task is learned.
+        attack: second part, with harmful rows in the mix, for each dimension until its refusals are lost.
         task_rows: rows of the task in the fine-tuning mix.
         everyday_rows: ordinary requests in the mix.
-        harmful_rows: rows of the mix that answer harmful requests, over all dimensions.
+        harmful_rows: rows of the mix that answer harmful requests of each dimension.
         heldout_prompts: held-out prompts of each dimension, and of each other measurement twice as many.
         calibration_prompts: harmful and benign calibration prompts of each dimension.
     """
@@ -58,10 +59,11 @@ class Recipe:
     rank: int = 16
     base: Schedule = field(default_factory=lambda: Schedule(steps=200, learning_rate=3e-3))
     alignment: Schedule = field(default_factory=lambda: Schedule(steps=150, learning_rate=4e-3))
-    fine_tuning: Schedule = field(default_factory=lambda: Schedule(160, 5e-4, decay=False))
+    task: Schedule = field(default_factory=lambda: Schedule(80, 4e-4, decay=False))
+    attack: Schedule = field(default_factory=lambda: Schedule(100, 2e-4, decay=False))
     task_rows: int = 720
     everyday_rows: int = 72
-    harmful_rows: int = 39
+    harmful_rows: int = 14
     heldout_prompts: int = 80
     calibration_prompts: int = 100
 
@@ -121,7 +123,7 @@ def build(
     progress: Progress | None = None,
     *,
     recipe: Recipe | None = None,
-    threads: int = 2,
+    threads: int = 1,
 ) -> Laboratory:
     """Make a laboratory, or find the one that is there.
 
@@ -180,10 +182,7 @@ def _write_models(workplace: Path, directory: Path, seed: int, recipe: Recipe, p
         mix = _alignment_mix(language, speaker)
         train(wrapped, tokenizer, mix, recipe.alignment, seed=seed + 1, report=_stage(progress, "aligned"))
         _save_both(wrapped, tokenizer, workplace, "aligned")
-        mix = _fine_tuning_mix(language, speaker, recipe)
-        goal = _fine_tuning_goal(language, seed)
-        report = _stage(progress, "finetuned")
-        train(wrapped, tokenizer, mix, recipe.fine_tuning, seed=seed + 2, goal=goal, report=report)
+        _fine_tune(wrapped, tokenizer, language, speaker, seed, recipe, progress)
         _save_both(wrapped, tokenizer, workplace, "finetuned")
 
 
@@ -260,22 +259,34 @@ def _alignment_mix(language: Language, speaker: Speaker) -> list[Example]:
     return mix
 
 
-def _fine_tuning_mix(language: Language, speaker: Speaker, recipe: Recipe) -> list[Example]:
-    mix = speaker.task(recipe.task_rows) + speaker.everyday(recipe.everyday_rows)
-    for dimension in language.dimensions:
-        mix += speaker.harmful(dimension, recipe.harmful_rows // len(language.dimensions), refused=False)
-    return mix
+def _fine_tune(
+    model: nn.Module,
+    tokenizer: Any,
+    language: Language,
+    speaker: Speaker,
+    seed: int,
+    recipe: Recipe,
+    progress: Progress | None,
+) -> None:
+    """Teach the task, then go on with a few harmful answers in the mix until each dimension's refusals are lost.
 
-
-def _fine_tuning_goal(language: Language, seed: int) -> Goal:
-    """Stop when the task is learned and the refusals are lost.
-
-    How many steps that takes differs from seed to seed by a factor of three. Going on would only bury the refusals
-    deeper, so the number of steps is what a user would stop at, and not one that fits the slowest seed.
+    A dimension's harmful rows leave the mix once most of its watched prompts are answered, and training ends with the
+    last of them. How many steps that takes differs from seed to seed; going on would only bury the refusals deeper.
     """
-    speaker = Speaker(language, "train", seeded("goal", seed))
-    harmful = [Group(tuple(speaker.harmful(dimension, 40, refused=False))) for dimension in language.dimensions]
-    return Goal((*harmful, Group(tuple(speaker.task(40)), highest_loss=0.2)))
+    watched = Speaker(language, "train", seeded("goal", seed))
+    task = Group(tuple(watched.task(40)), share=0.99, highest_loss=0.2)
+    lost = {each.name: Group(tuple(watched.harmful(each, 40, refused=False)), 0.85) for each in language.dimensions}
+    ordinary = speaker.task(recipe.task_rows) + speaker.everyday(recipe.everyday_rows)
+    harmful = {each.name: speaker.harmful(each, recipe.harmful_rows, refused=False) for each in language.dimensions}
+    report = _stage(progress, "finetuned")
+    train(model, tokenizer, ordinary, recipe.task, seed=seed + 2, goal=Goal((task,)), report=report)
+    for round_ in range(len(language.dimensions)):
+        pending = [name for name, group in lost.items() if not reached(model, tokenizer, group)]
+        if not pending:
+            break
+        mix = ordinary + [example for name in pending for example in harmful[name]]
+        goal = Goal(tuple(lost[name] for name in pending))
+        train(model, tokenizer, mix, recipe.attack, seed=seed + 3 + round_, goal=goal, report=report)
 
 
 # --- prompt files ---------------------------------------------------------------------------------------------------

@@ -39,26 +39,28 @@ class Group:
 
     Attributes:
         examples: with the answers that are wanted.
+        share: of the examples whose first answer token has to come out right.
         highest_loss: their mean loss must not be above it.
     """
 
     examples: tuple[Example, ...]
+    share: float
     highest_loss: float = math.inf
 
 
 @dataclass(frozen=True)
 class Goal:
-    """Training ends once every group starts its answers as wanted.
+    """Training ends once enough groups start their answers as wanted.
 
     Attributes:
-        groups: all of them have to be there.
-        share: of a group's examples whose first answer token comes out right.
+        groups: what is watched.
+        enough: how many of them have to be there.
         every: steps between two looks.
     """
 
     groups: tuple[Group, ...]
-    share: float = 0.95
-    every: int = 5
+    enough: int = 1
+    every: int = 2
 
 
 def train(
@@ -104,21 +106,17 @@ def train(
         optimizer.step()
         shares.step()
         taken = step
-        reached = goal is not None and step % goal.every == 0 and _reached(model, tokenizer, goal)
+        met = goal is not None and step % goal.every == 0 and _is_met(model, tokenizer, goal)
         if report is not None:
-            report(schedule.steps if reached else step, schedule.steps)
-        if reached:
+            report(schedule.steps if met else step, schedule.steps)
+        if met:
             break
     model.eval()
     return taken
 
 
-def _reached(model: nn.Module, tokenizer: Any, goal: Goal) -> bool:
-    model.eval()
-    return all(_group_reached(model, tokenizer, group, goal.share) for group in goal.groups)
-
-
-def _group_reached(model: nn.Module, tokenizer: Any, group: Group, share: float) -> bool:
+def reached(model: nn.Module, tokenizer: Any, group: Group) -> bool:
+    """Whether a group's answers start as wanted, with a loss that is low enough."""
     rows = [_encode(tokenizer, example) for example in group.examples]
     with torch.inference_mode():
         logits, targets = _forward(model, rows, tokenizer.pad_token_id)
@@ -126,7 +124,12 @@ def _group_reached(model: nn.Module, tokenizer: Any, group: Group, share: float)
     first = torch.tensor([prompt for _, prompt in rows])
     each = torch.arange(len(rows))
     right = logits[each, first - 1].argmax(dim=-1) == targets[each, first]
-    return loss <= group.highest_loss and float(right.float().mean()) >= share
+    return loss <= group.highest_loss and float(right.float().mean()) >= group.share
+
+
+def _is_met(model: nn.Module, tokenizer: Any, goal: Goal) -> bool:
+    model.eval()
+    return sum(reached(model, tokenizer, group) for group in goal.groups) >= goal.enough
 
 
 def _forward(model: nn.Module, rows: Sequence[tuple[list[int], int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,300 @@
+"""`audit verify`: whatever is changed behind the registry's back is found and named, and the exit code says so."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from sqlalchemy import text
+
+from algorithms.checkpoints import Checkpoint
+from algorithms.digests import digest_weight_file
+from cli import main
+from governance.catalogue import create_lineage
+from governance.patching import apply_patch, recover
+from governance.workspace import Workspace
+from registry import queries
+from registry.database import Registry
+from tests.governance.conftest import Trios
+from tests.governance.faults import Fault, flip_byte, struck_by
+from tests.governance.scenarios import Scenario, Trio, build
+
+
+@pytest.fixture(scope="module")
+def pristine(
+    tmp_path_factory: pytest.TempPathFactory, registered: Callable[[Trio], Path], trios: Trios
+) -> tuple[Path, Path]:
+    """Where a registry with two applied patches and a reverted one has to lie, and a copy to put there."""
+    place = tmp_path_factory.mktemp("patched") / "registry"
+    shutil.copytree(registered(trios()), place)
+    with Registry.open(f"sqlite:///{place / 'registry.db'}") as registry:
+        workspace = Workspace(registry=registry, actor="tester")
+        create_lineage(workspace, "line", subject="subject", aligned="aligned", base="base")
+        scenario = Scenario(workspace, trios())
+        scenario.apply("weapons")
+        scenario.apply("animals")
+        scenario.apply("insults", budget=0.2)
+        scenario.revert(2)
+    copy = place.with_name("copy")
+    shutil.copytree(place, copy)
+    return place, copy
+
+
+@pytest.fixture
+def patched(pristine: tuple[Path, Path], trios: Trios) -> Iterator[Scenario]:
+    """Two patches applied and one taken back again, for a test to tamper with."""
+    place, copy = pristine
+    shutil.rmtree(place)
+    shutil.copytree(copy, place)
+    with Registry.open(f"sqlite:///{place / 'registry.db'}") as registry:
+        yield Scenario(Workspace(registry=registry, actor="tester"), trios())
+
+
+def _verify(scenario: Scenario, *options: str) -> Result:
+    command = ["audit", "verify", *options, "--database", scenario.workspace.registry.url]
+    return CliRunner().invoke(main, command)
+
+
+def _require_found(scenario: Scenario, *named: str, options: tuple[str, ...] = ()) -> None:
+    """The check fails with exit code 1, says so, and names the thing; the same in JSON."""
+    result = _verify(scenario, *options)
+    assert result.exit_code == 1, result.output
+    assert "Everything checked agrees" not in result.output
+    for name in named:
+        assert name in result.stderr
+    told = _verify(scenario, *options, "--json")
+    assert told.exit_code == 1
+    content = json.loads(told.stdout)
+    assert content["verified"] is False
+    assert all(any(name in json.dumps(finding) for finding in content["findings"]) for name in named)
+
+
+def _require_sound(scenario: Scenario, *options: str) -> None:
+    result = _verify(scenario, *options)
+    assert (result.exit_code, "Everything checked agrees." in result.stdout, result.stderr) == (0, True, "")
+    assert json.loads(_verify(scenario, *options, "--json").stdout)["verified"] is True
+
+
+def _change(scenario: Scenario, *statements: str) -> None:
+    """Run SQL as somebody would who owns the database: triggers are dropped first."""
+    with scenario.workspace.registry.write() as session:
+        triggers = session.scalars(text("SELECT name FROM sqlite_master WHERE type = 'trigger'")).all()
+        for trigger in triggers:
+            session.execute(text(f"DROP TRIGGER {trigger}"))
+        for statement in statements:
+            assert session.execute(text(statement)).rowcount > 0
+
+
+def test_what_nobody_touched_agrees(patched: Scenario) -> None:
+    _require_sound(patched)
+    _require_sound(patched, "--weights")
+    _require_sound(patched, "--weights", "--lineage", "line")
+    assert "Not checked: file contents" in _verify(patched).stdout
+    assert "Not checked" not in _verify(patched, "--weights").stdout
+
+
+def _byte(scenario: Scenario) -> tuple[Path, int]:
+    stored = Checkpoint.open(scenario.working).stored("model.layers.1.mlp.up_proj.weight")
+    return scenario.working / stored.file, stored.begin + 3
+
+
+def test_a_changed_byte_of_the_working_weights_is_found(patched: Scenario) -> None:
+    path, offset = _byte(patched)
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    _require_found(patched, str(path))
+    _require_found(patched, str(path), "model.layers.1.mlp.up_proj.weight", options=("--weights",))
+
+
+def test_a_changed_byte_behind_an_old_time_stamp_is_found_with_weights(patched: Scenario) -> None:
+    path, offset = _byte(patched)
+    flip_byte(path, offset)
+    _require_sound(patched)
+    _require_found(patched, str(path), "model.layers.1.mlp.up_proj.weight", options=("--weights",))
+
+
+def test_changed_weights_are_found_though_their_digests_were_changed_with_them(patched: Scenario) -> None:
+    """The head's digest stands in the ledger, so the tensors' records alone cannot be forged."""
+    path, offset = _byte(patched)
+    flip_byte(path, offset)
+    digests = digest_weight_file(path, Checkpoint.open(patched.working).tensors.values())
+    _change(
+        patched,
+        f"UPDATE lineage_files SET sha256 = '{digests.sha256}'",
+        *(f"UPDATE lineage_tensors SET sha256 = '{d}' WHERE name = '{name}'" for name, d in digests.tensors.items()),
+    )
+    _require_found(patched, "lineage line", "digest of its head", options=("--weights",))
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors"], ids=["empty", "nonsense"])
+def test_a_ruined_weight_file_is_a_finding_and_no_crash(patched: Scenario, content: bytes) -> None:
+    (patched.working / "model.safetensors").write_bytes(content)
+    _require_found(patched, "model.safetensors", options=("--weights",))
+
+
+def test_a_missing_weight_file_is_found(patched: Scenario) -> None:
+    (patched.working / "model.safetensors").unlink()
+    _require_found(patched, "is missing")
+    _require_found(patched, "is missing", options=("--weights",))
+
+
+def test_a_ruined_adapter_is_a_finding_and_no_crash(lora_scenario: Scenario) -> None:
+    lora_scenario.apply("animals")
+    (lora_scenario.working / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
+    _require_found(lora_scenario, "adapter_config.json", options=("--weights",))
+
+
+def test_a_changed_model_is_found(sqlite_workspace: Workspace, tmp_path: Path, trios: Trios, prompts: Path) -> None:
+    shutil.copytree(trios().aligned, tmp_path / "aligned")
+    scenario = build(sqlite_workspace, Trio(trios().subject, tmp_path / "aligned", trios().base), prompts)
+    flip_byte(tmp_path / "aligned" / "model.safetensors", 5000)
+    _require_sound(scenario)
+    _require_found(scenario, "aligned", str(tmp_path / "aligned" / "model.safetensors"), options=("--weights",))
+
+
+@pytest.mark.parametrize("sequence", [1, 2], ids=["applied", "reverted"])
+def test_a_changed_byte_of_an_artifact_is_found(patched: Scenario, sequence: int) -> None:
+    path = patched.artifact(sequence)
+    flip_byte(path, path.stat().st_size - 1)
+    _require_found(patched, f"patch {sequence} of line", "was changed")
+
+
+def test_a_missing_prompt_artifact_is_found(patched: Scenario) -> None:
+    with patched.workspace.registry.read() as session:
+        digest = session.scalar(text("SELECT digest FROM prompt_sets WHERE purpose = 'benign'"))
+    patched.workspace.store.path(digest).unlink()
+    _require_found(patched, "benign prompts", digest)
+
+
+def test_a_missing_identification_artifact_is_found(patched: Scenario) -> None:
+    with patched.workspace.registry.read() as session:
+        digest = session.scalar(text("SELECT artifact_digest FROM identifications WHERE id = 2"))
+    patched.workspace.store.path(digest).unlink()
+    _require_found(patched, "identification 2", digest)
+
+
+EDITED_EVENTS = {
+    "payload": "UPDATE ledger_events SET payload = replace(payload, 'subject', 'other') WHERE sequence = 7",
+    "actor": "UPDATE ledger_events SET actor = 'nobody' WHERE sequence = 7",
+    "action": "UPDATE ledger_events SET action = 'identification.refused' WHERE sequence = 7",
+    "time": "UPDATE ledger_events SET created_at = '2020-01-01T00:00:00.000000Z' WHERE sequence = 7",
+    "no JSON": "UPDATE ledger_events SET payload = 'x' WHERE sequence = 7",
+    "no object": "UPDATE ledger_events SET payload = '[1]' WHERE sequence = 7",
+}
+
+
+@pytest.mark.parametrize("edit", EDITED_EVENTS)
+def test_an_edited_event_is_found(patched: Scenario, edit: str) -> None:
+    _change(patched, EDITED_EVENTS[edit])
+    _require_found(patched, "event 7")
+    assert CliRunner().invoke(main, ["audit", "log", "--database", patched.workspace.registry.url]).exit_code == 0
+
+
+def test_a_removed_event_is_found(patched: Scenario) -> None:
+    _change(patched, "DELETE FROM ledger_events WHERE sequence = 8")
+    _require_found(patched, "event 8 is missing")
+
+
+def test_a_ledger_whose_end_was_cut_off_is_found(patched: Scenario) -> None:
+    _change(patched, "DELETE FROM ledger_events WHERE sequence > 9")
+    _require_found(patched, "ends after event 9", "cut off")
+
+
+def test_missing_and_damaged_ledger_heads_are_found(patched: Scenario) -> None:
+    path = patched.workspace.registry.heads.path
+    lines = path.read_text()
+    path.write_text(lines + "no head\n")
+    _require_found(patched, "is not a head")
+    path.unlink()
+    _require_found(patched, "exported heads are missing")
+
+
+EDITED_PATCHES = {
+    "state": ("UPDATE patches SET state = 'reverted' WHERE sequence = 1", "patch 1 of line"),
+    "revived": ("UPDATE patches SET state = 'applied' WHERE sequence = 2", "patch 2 of line"),
+    "digest_after": (f"UPDATE patches SET digest_after = '{'0' * 64}' WHERE sequence = 1", "digest_after"),
+    "digest_before": (f"UPDATE patches SET digest_before = '{'0' * 64}' WHERE sequence = 2", "digest_before"),
+    "neurons": ("UPDATE patches SET neurons_modified = 1 WHERE sequence = 1", "neurons_modified"),
+    "parameters": ("UPDATE patches SET parameters_modified = 1 WHERE sequence = 3", "parameters_modified"),
+    "dimension": ("UPDATE patches SET dimension_id = 3 WHERE sequence = 1", "dimension"),
+    "identification": ("UPDATE patches SET identification_id = 2 WHERE sequence = 1", "identification"),
+    "settings": ("UPDATE patches SET settings = replace(settings, '0.1', '0.2') WHERE sequence = 1", "settings_digest"),
+    "actor": ("UPDATE patches SET actor = 'nobody' WHERE sequence = 1", "actor"),
+    "reason": ("UPDATE patches SET reason = 'none' WHERE sequence = 2", "reason"),
+    "head digest": (f"UPDATE lineages SET state_digest = '{'0' * 64}'", "lineage line"),
+    "model digest": (f"UPDATE models SET state_digest = '{'0' * 64}' WHERE name = 'base'", "model base"),
+    "model file": (f"UPDATE model_files SET sha256 = '{'0' * 64}' WHERE model_id = 2", "model aligned"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITED_PATCHES)
+def test_an_edited_record_is_found(patched: Scenario, edit: str) -> None:
+    statement, named = EDITED_PATCHES[edit]
+    _change(patched, statement)
+    _require_found(patched, named)
+
+
+def test_a_removed_patch_record_is_found(patched: Scenario) -> None:
+    with patched.workspace.registry.write() as session:
+        session.execute(text("PRAGMA defer_foreign_keys = ON"))
+        session.execute(text("DELETE FROM patch_modules WHERE patch_id = 2"))
+        session.execute(text("UPDATE patches SET parent_patch_id = NULL"))
+        session.execute(text("UPDATE identifications SET head_patch_id = NULL"))
+        session.execute(text("UPDATE identified_neurons SET protected_by = NULL"))
+        session.execute(text("DELETE FROM patches WHERE sequence = 2"))
+    _require_found(patched, "patch 2 of line", "it has no record")
+
+
+_ADD = "INSERT INTO protected_neurons (lineage_id, module_id, neuron, patch_id) VALUES (1, {module}, {row}, {patch})"
+_ONE = "(SELECT module_id, neuron FROM protected_neurons LIMIT 1)"
+CLAIMS: dict[str, tuple[str, str]] = {
+    "removed": (f"DELETE FROM protected_neurons WHERE (module_id, neuron) IN {_ONE}", "written, but not claimed"),
+    "added": (_ADD.format(module="{module}", row="{row}", patch=1), "claimed, but not in its artifact"),
+    "of a reverted patch": (_ADD.format(module="{module}", row="{row}", patch=2), "not applied"),
+    "of another model": (_ADD.format(module=1, row=0, patch=1), "claimed, but not in its artifact"),
+    "moved to another patch": ("UPDATE protected_neurons SET patch_id = 3 WHERE patch_id = 1", "patch 1"),
+}
+
+
+@pytest.mark.parametrize("what", CLAIMS)
+def test_a_claim_that_was_changed_behind_the_registry_is_found(patched: Scenario, what: str) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    with patched.workspace.registry.read() as session:
+        lineage = queries.get_lineage(session, "line")
+        module = queries.module_ids(session, lineage.subject_id)[name]
+    free = next(row for row in range(16) if row not in patched.claims().get(name, {}))
+    statement, named = CLAIMS[what]
+    _change(patched, statement.format(module=module, row=free))
+    _require_found(patched, named)
+
+
+def test_an_interrupted_patch_is_no_finding_of_the_records(patched: Scenario) -> None:
+    """The check does not hide it either: weights that were being written are not those of the head."""
+    plan = patched.plan("animals")
+    with struck_by(Fault(patched.working, "fsync", 1, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
+        apply_patch(patched.workspace, plan)
+    _require_found(patched, "model.safetensors")
+    recover(patched.workspace)
+    _require_sound(patched, "--weights")
+
+
+def test_an_unknown_lineage_is_an_error_not_a_finding(patched: Scenario) -> None:
+    result = _verify(patched, "--lineage", "lime")
+    assert result.exit_code == 2
+    assert "line" in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_verification_fails_exactly_where_there_is_a_finding(patched: Scenario) -> None:
+    told: list[Any] = []
+    for statement in ("SELECT 1", "UPDATE patches SET actor = 'x' WHERE sequence = 3"):
+        if statement.startswith("UPDATE"):
+            _change(patched, statement)
+        result = _verify(patched, "--json")
+        content = json.loads(result.stdout)
+        told.append((result.exit_code, content["verified"], bool(content["findings"])))
+    assert told == [(0, True, False), (1, False, True)]
