@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,17 +134,14 @@ def _with_ranks(config: dict[str, Any], subject: Adapter, grown: Mapping[str, tu
     """Name every module in full with its rank, and with the alpha that keeps its scale.
 
     In PEFT the first matching pattern wins, and it sorts patterns when it saves; full names alone cannot be shadowed.
+    They are not escaped, because older versions of PEFT look a name up as it stands where no pattern matches.
     """
     chosen = {name: grown.get(name, (lora.rank, lora.alpha)) for name, lora in subject.modules.items()}
     return {
         **config,
-        "rank_pattern": {_pattern(name): rank for name, (rank, _) in chosen.items()},
-        "alpha_pattern": {_pattern(name): alpha for name, (_, alpha) in chosen.items()},
+        "rank_pattern": {name: rank for name, (rank, _) in chosen.items()},
+        "alpha_pattern": {name: alpha for name, (_, alpha) in chosen.items()},
     }
-
-
-def _pattern(name: str) -> str:
-    return re.escape(name)
 
 
 def _rank_and_alpha(lora: LoraModule, least: int, *, rslora: bool) -> tuple[int, float]:

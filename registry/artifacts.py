@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from registry.errors import ArtifactError
+from registry.errors import ArtifactError, ArtifactStoreError
 from registry.heads import sync_directory
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -31,7 +31,7 @@ class ArtifactStore:
         """A temporary path in the store, to be written and then given to `commit`. Removed at exit if it was not.
 
         Raises:
-            ArtifactError: the store cannot be written.
+            ArtifactStoreError: the store cannot be written.
         """
         temporary = self.directory / f"{secrets.token_hex(16)}{_TEMPORARY}"
         try:
@@ -53,7 +53,7 @@ class ArtifactStore:
             the SHA-256 of the content, in hexadecimal.
 
         Raises:
-            ArtifactError: the store cannot be written.
+            ArtifactStoreError: the store cannot be written.
         """
         try:
             digest = _digest(temporary)
@@ -74,7 +74,7 @@ class ArtifactStore:
         """Keep `content` and return its digest.
 
         Raises:
-            ArtifactError: the store cannot be written.
+            ArtifactStoreError: the store cannot be written.
         """
         with self.writer() as temporary:
             try:
@@ -149,8 +149,8 @@ class ArtifactStore:
             raise ArtifactError(f"{digest!r} is not a SHA-256 digest", "Give 64 hexadecimal digits")
         return self.directory / digest[:2] / digest[2:]
 
-    def _not_writable(self, error: OSError) -> ArtifactError:
-        return ArtifactError(
+    def _not_writable(self, error: OSError) -> ArtifactStoreError:
+        return ArtifactStoreError(
             f"the artifact store {self.directory} cannot be written: {error.strerror}",
             "Free space, or give yourself write permission",
         )

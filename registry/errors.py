@@ -41,3 +41,7 @@ class ArtifactError(NeuronLedgerError):
     """An artifact is missing, or its content does not have its digest."""
 
     exit_code = 1
+
+
+class ArtifactStoreError(NeuronLedgerError):
+    """The artifact store cannot be written: no permission, or no space."""

@@ -516,7 +516,7 @@ def test_the_artifact_store_that_cannot_be_written_is_told(place: Place) -> None
     store = place.scenario.workspace.store.directory
     shutil.rmtree(store)
     store.touch()
-    _require_one_line(_run(place, place.dimension()), 1, "artifact store", "cannot be written", "permission")
+    _require_one_line(_run(place, place.dimension()), 2, "artifact store", "cannot be written", "permission")
 
 
 def test_checkpoints_opened_for_a_refusal_are_left_alone(place: Place) -> None:

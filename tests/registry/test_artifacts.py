@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.artifacts import ArtifactStore
-from registry.errors import ArtifactError
+from registry.errors import ArtifactError, ArtifactStoreError
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_killed_writer_leaves_no_artifact(store: ArtifactStore) -> None:
 
 def test_a_store_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ArtifactError, match="cannot be written"):
+    with pytest.raises(ArtifactStoreError, match="cannot be written"):
         ArtifactStore(tmp_path / "file" / "artifacts").put_bytes(b"rows")
 
 
