@@ -1,5 +1,6 @@
 """Loading models for a forward pass, and finding their linear modules and blocks again behind a PEFT wrapper."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,13 +76,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own progress bars off the terminal: library code does not print."""
+    """Keep transformers' own progress bars and its notices to PEFT off the terminal: library code does not print."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from governance.catalogue import create_lineage
-from governance.demo import run_demo
 from governance.errors import InputError, PlanError
 from governance.evaluation import EvaluationRequest, evaluate
 from governance.identification import run_identification
@@ -23,10 +21,9 @@ from governance.report_charts import HEIGHT, WIDTH, rate_panels
 from governance.report_data import gather
 from governance.report_figures import Control, Figure, FigureTable, Quantity, Stage, StageFigures
 from governance.reporting import write_report
-from governance.workspace import Workspace, open_workspace
+from governance.workspace import Workspace
 from registry.errors import RecordNotFoundError
 from tests.governance.scenarios import Scenario, settings_of
-from tests.laboratory_cache import cached_laboratory
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "rect", "circle", "line", "path"}
 HOSTILE = "<script>alert('x')</script> & more"
@@ -365,36 +362,6 @@ def test_marks_stand_inside_the_chart(patches: int) -> None:
         assert 0 <= mark.y_high <= mark.y <= mark.y_low <= HEIGHT
     places = [mark.x for mark in panel.marks]
     assert places == sorted(set(places))
-
-
-def test_demo_report_shows_the_numbers_of_its_summary(tmp_path: Path) -> None:
-    laboratory = cached_laboratory()
-    output = tmp_path / "demo"
-    output.mkdir()
-    shutil.copytree(laboratory.base.parent, output / "laboratory")
-    summary = run_demo(output)
-    page = Page((output / "report.html").read_text(encoding="utf-8"))
-    names = {"fine-tuned": "subject"}
-    labels = [names.get(stage.stage, stage.stage) for stage in summary.stages]
-    labels[3:] = [f"after patch {number}" for number in range(1, len(labels) - 2)]
-    for label, stage in zip(labels, summary.stages, strict=True):
-        shown = page.row("table-harmfulness", label)[2:]
-        assert [cell.split("|")[0] for cell in shown] == [f"{value:.1f}" for value in stage.harmfulness.values()]
-        shown = page.row("table-accuracy", label)[2:]
-        expected = (stage.benign_accuracy, stage.task_accuracy, stage.over_refusal)
-        assert [cell.split("|")[0] for cell in shown] == [f"{value:.1f}" for value in expected]
-    for table, patches in (("table-patches", summary.patches), ("table-control-1", summary.control_patches)):
-        for row, patch in zip(page.tables[table][1:], patches, strict=True):
-            assert row[3:8] == [
-                f"{patch.neurons_selected:,}",
-                f"{patch.neurons_already_protected:,}",
-                f"{patch.neurons_modified:,}",
-                f"{patch.modified_share:.2f} %",
-                f"{patch.modified_linear_share:.2f} %",
-            ]
-    assert f"{summary.ledger['events']} events" in page.text
-    with open_workspace(f"sqlite:///{output / 'registry.db'}", "tester").registry as registry:
-        assert registry.heads.read()
 
 
 def _palettes() -> Iterator[tuple[str, dict[str, str]]]:
