@@ -75,7 +75,7 @@ def write_adapter(composed: ComposedAdapter, subject: Adapter, working: Path) ->
         _replace(working / weights, (subject.path / weights).read_bytes())
         _replace(working / ADAPTER_CONFIG, (subject.path / ADAPTER_CONFIG).read_bytes())
         return
-    temporary = working / f".{weights}.writing"
+    temporary = _temporary(working / weights)
     temporary.unlink(missing_ok=True)
     specs = [
         TensorSpec(name, subject.tensors[name].dtype, tuple(tensor.shape)) for name, tensor in composed.tensors.items()
@@ -86,6 +86,16 @@ def write_adapter(composed: ComposedAdapter, subject: Adapter, working: Path) ->
     temporary.chmod((working / weights).stat().st_mode if (working / weights).exists() else 0o644)
     temporary.replace(working / weights)
     _replace(working / ADAPTER_CONFIG, config_bytes(composed, subject))
+
+
+def remove_unfinished(working: Path) -> None:
+    """Remove temporary files that an interrupted write left beside the adapter."""
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        _temporary(working / name).unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.writing")
 
 
 def config_bytes(composed: ComposedAdapter, subject: Adapter) -> bytes:
@@ -163,7 +173,7 @@ def _rank_and_alpha(lora: LoraModule, least: int, *, rslora: bool) -> tuple[int,
 
 
 def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = _temporary(path)
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

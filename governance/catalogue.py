@@ -303,8 +303,14 @@ def create_lineage(
                 )
                 return lineage_summary(session, lineage)
         except BaseException:
-            discard_working_checkpoint(target)
+            if not _is_recorded(workspace, name):
+                discard_working_checkpoint(target)
             raise
+
+
+def _is_recorded(workspace: Workspace, lineage: str) -> bool:
+    with workspace.registry.read() as session:
+        return any(record.name == lineage for record in queries.list_lineages(session))
 
 
 def require_name(kind: str, name: str) -> None:

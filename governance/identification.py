@@ -8,6 +8,7 @@ from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sqlalchemy.orm import Session
 from torch import nn
@@ -17,7 +18,7 @@ from algorithms.fgsn import Identification, ModuleIdentification, identify
 from algorithms.generation import generate
 from algorithms.loading import load_model, load_tokenizer
 from algorithms.settings import FgsnSettings, ModelRole
-from governance.errors import InputError
+from governance.errors import InputError, SpaceError
 from governance.lineage_state import LineageState, read_lineage
 from governance.prompt_sets import PromptRow, canonical_rows, parse_canonical
 from governance.workspace import Workspace
@@ -111,9 +112,13 @@ def run_identification(
             lineage_record = queries.get_lineage(session, lineage_name)
             if reuse:
                 held = queries.latest_identification(
-                    session, lineage_record.id, dimension.id, state_digest=lineage_record.state_digest
+                    session,
+                    lineage_record.id,
+                    dimension.id,
+                    state_digest=lineage_record.state_digest,
+                    settings_digest=digest,
                 )
-                if held is not None and held.settings_digest == digest:
+                if held is not None:
                     return _summary(held, reused=True)
             prompts = _prompts(workspace, session, dimension, settings)
             dimension_id = dimension.id
@@ -221,7 +226,8 @@ def _answered(
     workspace: Workspace, rows: tuple[PromptRow, ...], models: ModelCache, tokenizer: Any, settings: FgsnSettings
 ) -> tuple[PromptRow, ...]:
     """Let the aligned model begin its answer where the prompt set has none and answer tokens are to be counted."""
-    if "answer" not in settings.token_kinds or settings.score in {"random", "update-norm"}:
+    measured = settings.needs_gram or settings.needs_input_norms or settings.needs_outputs
+    if "answer" not in settings.token_kinds or not measured:
         return rows
     missing = [row.prompt for row in rows if row.answer is None]
     if not missing:
@@ -255,7 +261,13 @@ def _items(tokenizer: Any, rows: tuple[PromptRow, ...], settings: FgsnSettings) 
 
 def _store(workspace: Workspace, found: Identification) -> str:
     with workspace.store.writer() as path:
-        save_file({name: tensor.contiguous() for name, tensor in found.tensors().items()}, path)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in found.tensors().items()}, path)
+        except (SafetensorError, OSError) as error:
+            raise SpaceError(
+                f"the identification cannot be written to {workspace.store.directory} ({error})",
+                "free space there, or mend its permissions",
+            ) from error
         return workspace.store.commit(path)
 
 

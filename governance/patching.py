@@ -20,19 +20,18 @@ from sqlalchemy.orm import Session
 from governance.errors import PlanError, WeightsChangedError
 from governance.lineage_state import Recorded, recorded_state, require_settled, require_working_unchanged
 from governance.patch_artifact import Side
-from governance.planning import PatchPlan, PreparedPatch, prepared
+from governance.planning import PatchPlan, PreparedPatch, prepared, require_head
 from governance.working_files import (
     Change,
     FilesAfter,
+    bring_to,
+    check_change,
     finish_change,
-    measure_working,
-    restore_side,
     write_change,
 )
 from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
 from registry import claims, queries
-from registry.errors import RegistryBusyError
 from registry.schema import Lineage, Patch, PatchModule
 
 
@@ -137,6 +136,7 @@ def revert_patch(
         WeightsChangedError: the files are not what was recorded.
     """
     with workspace.attempt("patch.revert", "lineage", lineage_name):
+        _check_revert(workspace, lineage_name, sequence)
         patch_id, working, subject, change, recorded = _begin_revert(workspace, lineage_name, sequence, reason)
         try:
             after = write_change(working, subject, change, recorded)
@@ -149,21 +149,35 @@ def revert_patch(
 def recover(workspace: Workspace) -> list[RecoveryAction]:
     """Undo what was interrupted: a patch that was being applied is taken back, a revert is finished.
 
+    One that cannot be recovered does not keep the others from it.
+
     Raises:
-        WeightsChangedError: the files are still not what they should be afterwards.
+        WeightsChangedError: the files of one are still not what they should be afterwards.
     """
     with workspace.registry.read() as session:
-        unfinished = [(patch.id, patch.state) for patch in queries.unfinished_patches(session)]
-    actions = []
-    for patch_id, state in unfinished:
-        if state == "applying":
-            _undo_apply(workspace, patch_id, "interrupted before it was complete")
-        else:
-            _settle_revert(workspace, patch_id, failure=None)
+        unfinished = [(patch.id, patch.state, patch.lineage.name) for patch in queries.unfinished_patches(session)]
+    actions: list[RecoveryAction] = []
+    failures: list[NeuronLedgerError | OSError] = []
+    for patch_id, state, name in unfinished:
+        try:
+            with workspace.attempt("recover", "lineage", name):
+                _recover(workspace, patch_id, state)
+        except (NeuronLedgerError, OSError) as failure:
+            failures.append(failure)
+            continue
         with workspace.registry.read() as session:
             patch = session.get_one(Patch, patch_id)
-            actions.append(RecoveryAction(patch.lineage.name, patch.sequence, state, patch.state))
+            actions.append(RecoveryAction(name, patch.sequence, state, patch.state))
+    if failures:
+        raise failures[0]
     return actions
+
+
+def _recover(workspace: Workspace, patch_id: int, state: str) -> None:
+    if state == "applying":
+        _undo_apply(workspace, patch_id, "interrupted before it was complete")
+    else:
+        _settle_revert(workspace, patch_id, failure=None)
 
 
 def list_patches(workspace: Workspace, lineage_name: str) -> list[PatchSummary]:
@@ -228,10 +242,7 @@ def _begin_apply(workspace: Workspace, ready: PreparedPatch, artifact_digest: st
     with workspace.registry.write() as session:
         lineage = queries.get_lineage(session, plan.lineage.name)
         require_settled(session, lineage)
-        if (lineage.head_patch_id, lineage.state_digest) != (plan.lineage.head_patch_id, plan.lineage.state_digest):
-            raise RegistryBusyError(
-                f"the head of lineage {lineage.name} moved while this patch was planned", "plan and apply it again"
-            )
+        require_head(lineage, plan.lineage)
         patch = Patch(
             lineage_id=lineage.id,
             sequence=queries.next_sequence(session, lineage.id),
@@ -331,8 +342,7 @@ def _undo_apply(workspace: Workspace, patch_id: int, failure: str) -> None:
         working, subject, recorded = _paths(patch.lineage)
         change = _change(workspace, session, patch, "old")
         digest_before = patch.digest_before
-    restore_side(working, subject, change)
-    after = measure_working(working, recorded)
+    after = bring_to(digest_before, working, subject, change, recorded)
     with workspace.registry.write() as session:
         patch = session.get_one(Patch, patch_id)
         patch.state = "rejected"
@@ -341,21 +351,35 @@ def _undo_apply(workspace: Workspace, patch_id: int, failure: str) -> None:
     _require_digest(working, after, digest_before)
 
 
+def _check_revert(workspace: Workspace, lineage_name: str, sequence: int | None) -> None:
+    """Refuse what reverting would refuse, while no lock is held and nothing says that it began."""
+    with workspace.registry.read() as session:
+        lineage, patch = _revertible(session, lineage_name, sequence)
+        require_working_unchanged(lineage)
+        working, _, recorded = _paths(lineage)
+        change = _change(workspace, session, patch, "old")
+    check_change(working, change, recorded)
+
+
+def _revertible(session: Session, lineage_name: str, sequence: int | None) -> tuple[Lineage, Patch]:
+    lineage = queries.get_lineage(session, lineage_name)
+    require_settled(session, lineage)
+    patch = lineage.head if sequence is None else queries.get_patch(session, lineage, sequence)
+    if patch is None:
+        raise PlanError(f"lineage {lineage_name} has no applied patch", "there is nothing to revert")
+    if patch.state != "applied":
+        raise PlanError(
+            f"patch {patch.sequence} of lineage {lineage_name} is {patch.state}, not applied",
+            "see patch list for the applied ones",
+        )
+    return lineage, patch
+
+
 def _begin_revert(
     workspace: Workspace, lineage_name: str, sequence: int | None, reason: str
 ) -> tuple[int, Path, Path, Change, Recorded]:
     with workspace.registry.write() as session:
-        lineage = queries.get_lineage(session, lineage_name)
-        require_settled(session, lineage)
-        patch = lineage.head if sequence is None else queries.get_patch(session, lineage, sequence)
-        if patch is None:
-            raise PlanError(f"lineage {lineage_name} has no applied patch", "there is nothing to revert")
-        if patch.state != "applied":
-            raise PlanError(
-                f"patch {patch.sequence} of lineage {lineage_name} is {patch.state}, not applied",
-                "see patch list for the applied ones",
-            )
-        require_working_unchanged(lineage)
+        lineage, patch = _revertible(session, lineage_name, sequence)
         change = _change(workspace, session, patch, "old")
         patch.state = "reverting"
         workspace.record(
@@ -389,8 +413,7 @@ def _settle_revert(workspace: Workspace, patch_id: int, failure: str | None) -> 
             raise
         _finish_revert(workspace, patch_id, after)
         return
-    restore_side(working, subject, change)
-    after = measure_working(working, recorded)
+    after = bring_to(digest_before, working, subject, change, recorded)
     with workspace.registry.write() as session:
         patch = session.get_one(Patch, patch_id)
         patch.state = "applied"

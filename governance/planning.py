@@ -19,16 +19,19 @@ from algorithms.operations import RowEditor
 from algorithms.selection import new_rows
 from algorithms.settings import FgsnSettings
 from algorithms.weights import AdapterWeights
-from governance.errors import PlanError
+from governance.errors import PlanError, SpaceError
 from governance.identification import load_identification
 from governance.lineage_state import LineageState, read_lineage
 from governance.patch_artifact import ArtifactHeader, ArtifactModule, ArtifactWriter
 from governance.tensor_file import DTYPES
 from governance.weight_state import checkpoint_of
 from governance.working_checkpoint import require_space
+from governance.working_files import Change, check_change
 from governance.workspace import Workspace
-from registry.errors import RecordNotFoundError
+from registry import queries
+from registry.errors import RecordNotFoundError, RegistryBusyError
 from registry.schema import Identification as IdentificationRecord
+from registry.schema import Lineage
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class PatchPlan:
-    """A patch, not yet written. `head_patch_id` and `state_digest` say what it was planned on."""
+    """A patch, not yet written; `lineage` is the state that it was planned on."""
 
     lineage: LineageState
     dimension: str
@@ -183,11 +186,14 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
     """Compute every new row into a temporary artifact, which is removed at exit unless it was committed.
 
     Raises:
+        RegistryBusyError: the head moved since the plan was made.
         NonFiniteError: a row cannot be computed.
         SettingsError, MismatchError: the operation cannot be applied to this subject.
         SpaceError: the artifact or the working checkpoint cannot be written.
+        WeightsChangedError: what would change is not what was recorded.
     """
     lineage = plan.lineage
+    _require_head(workspace, lineage)
     require_space(workspace.store.directory, 2 * plan.bytes)
     require_space(lineage.working, 2 * plan.bytes if lineage.is_adapter else 0)
     with workspace.store.writer() as path:
@@ -195,12 +201,36 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
         editors = {module.module: _editor(plan, module) for module in plan.touched}
         header = _header(plan, editors)
         outcomes = []
-        with ArtifactWriter(path, header) as writer:
-            for done, module in enumerate(header.modules):
-                workspace.progress("computing rows", done, len(header.modules))
-                outcomes.append(_write_module(writer, lineage, module, editors[module.name]))
+        try:
+            with ArtifactWriter(path, header) as writer:
+                for done, module in enumerate(header.modules):
+                    workspace.progress("computing rows", done, len(header.modules))
+                    outcomes.append(_write_module(writer, lineage, module, editors[module.name]))
+        except OSError as error:
+            raise SpaceError(
+                f"the patch artifact in {workspace.store.directory} cannot be written ({error.strerror or error})",
+                "free space there, or mend its permissions",
+            ) from error
         workspace.progress("computing rows", len(header.modules), len(header.modules))
+        check_change(lineage.working, Change(artifact=path, side="new", applied_after=()), lineage.recorded)
         yield PreparedPatch(plan, path, tuple(outcomes))
+
+
+def _require_head(workspace: Workspace, planned: LineageState) -> None:
+    with workspace.registry.read() as session:
+        require_head(queries.get_lineage(session, planned.name), planned)
+
+
+def require_head(lineage: Lineage, planned: LineageState) -> None:
+    """Refuse a plan whose head is the lineage's no more.
+
+    Raises:
+        RegistryBusyError: another patch was applied or reverted since.
+    """
+    if (lineage.head_patch_id, lineage.state_digest) != (planned.head_patch_id, planned.state_digest):
+        raise RegistryBusyError(
+            f"the head of lineage {lineage.name} moved while this patch was planned", "plan and apply it again"
+        )
 
 
 def _module_plan(lineage: LineageState, found: ModuleIdentification) -> ModulePlan:
@@ -351,6 +381,7 @@ class PlanSummary:
     bytes: int
     rows_unchanged: int
     modules: tuple[ModulePlanSummary, ...]
+    unreached: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
@@ -390,5 +421,6 @@ def dry_run(workspace: Workspace, plan: PatchPlan) -> PlanSummary:
                 )
                 for module in plan.modules
             ),
+            unreached=plan.identification.unreached,
             warnings=plan.settings.warnings(),
         )

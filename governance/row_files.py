@@ -7,7 +7,7 @@ the storage rows that it crosses are rewritten with the other columns as they ar
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,13 +69,24 @@ def write_rows(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) -> t
 
 class _InPlaceFile:
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
 
     def put(self, offset: int, content: bytes) -> None:
-        write_at(self._descriptor, content, offset)
+        with self._named():
+            write_at(self._descriptor, content, offset)
 
     def sync(self) -> None:
-        os.fsync(self._descriptor)
+        with self._named():
+            os.fsync(self._descriptor)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """A descriptor's errors do not say which file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -52,13 +52,6 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def tensor_from_bytes(content: bytes, dtype: str, shape: Sequence[int]) -> Tensor:
-    """Return the tensor that `content` holds; a copy, so that it may be written to."""
-    if not content:
-        return torch.empty(tuple(shape), dtype=DTYPES[dtype])
-    return torch.frombuffer(bytearray(content), dtype=DTYPES[dtype]).reshape(tuple(shape))
-
-
 class TensorFileWriter:
     """Writes one safetensors file whose tensors are all declared first.
 

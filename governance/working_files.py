@@ -5,6 +5,8 @@ of all applied patches, and written whole.
 """
 
 import hashlib
+import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,11 +15,12 @@ from pathlib import Path
 from algorithms.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
 from algorithms.checkpoints import Checkpoint
 from algorithms.digests import digest_file
-from governance.adapter_files import ComposedAdapter, compose_adapter, config_bytes, write_adapter
-from governance.errors import WeightsChangedError
+from algorithms.errors import AdapterError, CheckpointError
+from governance.adapter_files import ComposedAdapter, compose_adapter, config_bytes, remove_unfinished, write_adapter
+from governance.errors import SpaceError, WeightsChangedError
 from governance.lineage_state import Recorded
 from governance.patch_artifact import PatchArtifact, Side, open_artifact
-from governance.row_files import tensor_changes, write_rows
+from governance.row_files import TensorChange, tensor_changes, write_rows
 from governance.tensor_file import tensor_bytes
 from governance.weight_state import (
     FileState,
@@ -54,6 +57,26 @@ class Change:
     applied_after: tuple[Path, ...]
 
 
+def check_change(working: Path, change: Change, recorded: Recorded) -> None:
+    """Refuse a change that `write_change` would refuse, before anything says that it began.
+
+    Raises:
+        WeightsChangedError: a tensor or file that would change is not what was recorded.
+        SpaceError: a file that would be written is a link, shared with another path, or not writable.
+    """
+    with open_artifact(change.artifact) as artifact:
+        if artifact.header.form == "adapter":
+            _require_recorded_files(working, recorded)
+            files = {file.file for file in recorded.files}
+        else:
+            checkpoint = Checkpoint.open(working)
+            files = {checkpoint.stored(module.tensor).file for module in artifact.modules}
+        for file in sorted(files):
+            _require_rewritable(working / file)
+        if artifact.header.form == "checkpoint":
+            _checked_changes(working, artifact, change.side, recorded)
+
+
 def write_change(working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
     """Write a change to the working checkpoint and prove that nothing else changed.
 
@@ -83,6 +106,19 @@ def restore_side(working: Path, subject: Path, change: Change) -> None:
             write_rows(Checkpoint.open(working), artifact, change.side)
 
 
+def bring_to(digest: str, working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
+    """Write a change back if the weights are not at `digest` anyway: what was never written needs no undoing."""
+    remove_unfinished(working)
+    try:
+        after = measure_working(working, recorded)
+    except (CheckpointError, AdapterError):
+        after = None
+    if after is None or after.digest != digest:
+        restore_side(working, subject, change)
+        after = measure_working(working, recorded)
+    return after
+
+
 def finish_change(working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
     """Write a change that was interrupted halfway, and prove that nothing else changed.
 
@@ -109,23 +145,17 @@ def measure_working(working: Path, recorded: Recorded) -> FilesAfter:
 
 
 def _write_rows(working: Path, artifact: PatchArtifact, side: Side, recorded: Recorded) -> FilesAfter:
-    checkpoint = Checkpoint.open(working)
-    changes = tensor_changes(checkpoint, artifact, side)
-    for tensor, change in changes.items():
-        if change.before != recorded.tensors[tensor].sha256:
-            raise _changed(working, tensor, "is not what was recorded")
+    changes = _checked_changes(working, artifact, side, recorded)
     expected = {name: state.sha256 for name, state in recorded.tensors.items()}
     expected.update({tensor: change.after for tensor, change in changes.items()})
-    written = write_rows(checkpoint, artifact, side)
+    written = write_rows(Checkpoint.open(working), artifact, side)
     after = _measured(working, recorded, written)
     _require_expected(working, after, expected)
     return after
 
 
 def _write_adapter(working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
-    for file in recorded.files:
-        if digest_file(working / file.file) != file.sha256:
-            raise _changed(working, file.file, "is not what was recorded")
+    _require_recorded_files(working, recorded)
     return _rewrite_adapter(working, subject, change, recorded)
 
 
@@ -139,6 +169,32 @@ def _rewrite_adapter(working: Path, subject: Path, change: Change, recorded: Rec
         if config.sha256 != hashlib.sha256(config_bytes(composed, adapter)).hexdigest():
             raise _changed(working, ADAPTER_CONFIG, "was not written as intended")
     return after
+
+
+def _checked_changes(
+    working: Path, artifact: PatchArtifact, side: Side, recorded: Recorded
+) -> Mapping[str, TensorChange]:
+    changes = tensor_changes(Checkpoint.open(working), artifact, side)
+    for tensor, change in changes.items():
+        if change.before != recorded.tensors[tensor].sha256:
+            raise _changed(working, tensor, "is not what was recorded")
+    return changes
+
+
+def _require_recorded_files(working: Path, recorded: Recorded) -> None:
+    for file in recorded.files:
+        if digest_file(working / file.file) != file.sha256:
+            raise _changed(working, file.file, "is not what was recorded")
+
+
+def _require_rewritable(path: Path) -> None:
+    """A write through a link, or into a file that another path shares, would change more than the lineage's own."""
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode) or status.st_nlink > 1:
+        how = "is a symbolic link" if stat.S_ISLNK(status.st_mode) else f"is shared by {status.st_nlink} paths"
+        raise SpaceError(f"{path} {how}", "replace it by a copy of its own (cp, then mv over it)")
+    if not os.access(path, os.W_OK):
+        raise SpaceError(f"{path} cannot be written", "mend its permissions")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ same input.
 import getpass
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from governance.errors import InputError
 from neuronledger import NeuronLedgerError
 from registry import ledger
 from registry.artifacts import ArtifactStore
@@ -37,8 +38,17 @@ def default_database() -> str:
 
 
 def default_actor() -> str:
-    """Return `$NEURONLEDGER_ACTOR`, or the operating system's user name."""
-    return os.environ.get("NEURONLEDGER_ACTOR") or getpass.getuser()
+    """Return `$NEURONLEDGER_ACTOR`, or the operating system's user name.
+
+    Raises:
+        InputError: neither is known, as in a container that runs under a number without a name.
+    """
+    if actor := os.environ.get("NEURONLEDGER_ACTOR"):
+        return actor
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError) as error:
+        raise InputError("the operating system names no user", "pass --actor or set NEURONLEDGER_ACTOR") from error
 
 
 @dataclass(frozen=True)
@@ -78,14 +88,15 @@ class Workspace:
     def attempt(self, action: str, subject_kind: str, subject_name: str) -> Iterator[None]:
         """Record in the ledger that an attempted change was refused, and let the refusal through.
 
-        A registry that is itself unusable or busy cannot record, so its own errors pass unrecorded.
+        A registry that is itself unusable or busy cannot record, so its own errors pass unrecorded; and where the
+        record cannot be written, the refusal is still what the user is told.
         """
         try:
             yield
         except (RegistryError, RegistryBusyError):
             raise
         except (NeuronLedgerError, OSError) as refusal:
-            with self.registry.write() as session:
+            with suppress(NeuronLedgerError, OSError), self.registry.write() as session:
                 self.record(
                     session,
                     "refused",

@@ -5,7 +5,6 @@ writer is in at a time and reads what the one before it committed. PostgreSQL ge
 each writing transaction holds. Readers never wait and cannot write.
 """
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,6 +106,8 @@ class Registry:
         with self._translated(), Session(engine, expire_on_commit=False) as session, session.begin():
             session.connection()
             yield session
+            if APPENDED in session.info:
+                self.heads.require_writable()
         if (head := session.info.pop(APPENDED, None)) is not None:
             count, digest, at = head
             self.heads.append(Head(count, digest, at))
@@ -219,11 +220,10 @@ def parse_url(url: str) -> URL:
 
 def migrations_directory() -> Path:
     """Where the Alembic environment lies, in a checkout as in an installed wheel."""
-    found = importlib.util.find_spec("migrations")
-    places = list(found.submodule_search_locations or ()) if found else []
-    if not places:
+    place = Path(__file__).resolve().parents[1] / "migrations"
+    if not (place / "env.py").is_file():
         raise RegistryError("the migrations are missing from this installation", "Install neuronledger again")
-    return Path(places[0])
+    return place
 
 
 def _migrate(connection: Connection) -> None:

@@ -49,6 +49,7 @@ class HeadFile:
         )
         try:
             created = not self.path.exists()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 end = os.fstat(descriptor).st_size
@@ -65,6 +66,20 @@ class HeadFile:
                 f"the change is recorded in the registry, but the ledger head file {self.path} cannot be written: "
                 f"{error.strerror}",
                 "Make the file writable; the next change appends the newest head",
+            ) from error
+
+    def require_writable(self) -> None:
+        """Check, before a change is committed, that its head can be appended after it.
+
+        Raises:
+            RegistryError: the file cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644))
+        except OSError as error:
+            raise RegistryError(
+                f"the ledger head file {self.path} cannot be written: {error.strerror}", "Make the file writable"
             ) from error
 
     def read(self) -> tuple[Head | MalformedHead, ...]:

@@ -160,14 +160,21 @@ def next_sequence(session: Session, lineage_id: int) -> int:
 
 
 def latest_identification(
-    session: Session, lineage_id: int, dimension_id: int, *, state_digest: str | None = None
+    session: Session,
+    lineage_id: int,
+    dimension_id: int,
+    *,
+    state_digest: str | None = None,
+    settings_digest: str | None = None,
 ) -> Identification | None:
-    """The newest identification of a dimension in a lineage, of one state of its weights where given."""
+    """The newest identification of a dimension in a lineage, of one state of its weights or settings where given."""
     query = select(Identification).where(
         Identification.lineage_id == lineage_id, Identification.dimension_id == dimension_id
     )
     if state_digest is not None:
         query = query.where(Identification.state_digest == state_digest)
+    if settings_digest is not None:
+        query = query.where(Identification.settings_digest == settings_digest)
     return session.scalar(query.order_by(Identification.id.desc()).limit(1))
 
 

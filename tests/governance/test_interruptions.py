@@ -11,7 +11,7 @@ from sqlalchemy import text
 from algorithms.checkpoints import Checkpoint
 from governance import patching
 from governance.auditing import verify
-from governance.errors import InterruptedPatchError, WeightsChangedError
+from governance.errors import InterruptedPatchError, SpaceError, WeightsChangedError
 from governance.patching import RecoveryAction, apply_patch, recover
 from governance.planning import dry_run, plan_patch
 from registry.errors import NeuronProtectedError, RegistryError
@@ -216,11 +216,11 @@ def test_no_room_for_the_artifact_refuses_before_any_intent(scenario: Scenario, 
     store = scenario.workspace.store
     artifacts = store.list()
     full = Fault(store.directory, "pwrite", 3, OSError(errno.ENOSPC, "No space left on device"))
-    with struck_by(full), pytest.raises(OSError, match="No space"):
+    with struck_by(full), pytest.raises(SpaceError, match="No space"):
         act(scenario.workspace, plan)
     assert (scenario.states(), store.list(), store.leftovers()) == ([], artifacts, ())
     action, payload = scenario.events()[-1]
-    assert (action, payload["error"]) == ("refused", "OSError")
+    assert (action, payload["error"]) == ("refused", "SpaceError")
     scenario.require_sound()
 
 
@@ -282,12 +282,20 @@ def test_a_byte_that_somebody_changed_refuses_the_apply_and_is_not_hidden(scenar
     )
     path, offset = _offsets(scenario, changed if where == "touched" else None)
     flip_byte(path, offset)
+    if where == "touched":
+        with pytest.raises(WeightsChangedError):
+            dry_run(scenario.workspace, plan)
+    foreign = digests(scenario.working)
     with pytest.raises(WeightsChangedError) as refusal:
         apply_patch(scenario.workspace, plan)
     assert refusal.value.exit_code == 1
-    assert scenario.states() == ["rejected"]
-    with pytest.raises(WeightsChangedError, match="changed outside the ledger"):
-        scenario.apply("animals")
+    if where == "touched":  # seen before anything says that the patch began
+        assert scenario.states() == []
+        assert digests(scenario.working) == foreign
+    else:
+        assert scenario.states() == ["rejected"]
+        with pytest.raises(WeightsChangedError, match="changed outside the ledger"):
+            scenario.apply("animals")
     findings = [finding.problem for finding in _findings(scenario)]
     tensor = f"{changed}.weight" if where == "touched" else "model.embed_tokens.weight"
     assert any(tensor in problem for problem in findings)
@@ -317,6 +325,23 @@ def test_a_byte_that_somebody_changed_refuses_the_revert_and_is_not_hidden(
     scenario.revert()
     assert digests(scenario.working) == digests(scenario.trio.subject)
     scenario.require_sound()
+
+
+@pytest.mark.parametrize("how", ["hard link", "symbolic link"])
+def test_a_file_that_another_path_shares_is_never_written(scenario: Scenario, how: str, tmp_path: Path) -> None:
+    plan = scenario.plan("animals")
+    path = scenario.working / "model.safetensors"
+    other = tmp_path / "backup.safetensors"
+    if how == "hard link":
+        other.hardlink_to(path)
+    else:
+        path.rename(other)
+        path.symlink_to(other)
+    before = other.read_bytes()
+    for act in (dry_run, apply_patch):
+        with pytest.raises(SpaceError, match=r"link|shared"):
+            act(scenario.workspace, plan)
+    assert (other.read_bytes(), scenario.states()) == (before, [])
 
 
 def _findings(scenario: Scenario) -> Any:

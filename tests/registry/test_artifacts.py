@@ -127,7 +127,7 @@ def test_a_commit_that_fails_leaves_no_artifact(
 
     with monkeypatch.context() as patched:
         patched.setattr(call, fail)
-        with pytest.raises(ArtifactError, match="No space left on device"):
+        with pytest.raises(ArtifactStoreError, match="No space left on device"):
             store.put_bytes(b"rows")
     assert store.list() == ()
     assert store.leftovers() == ()

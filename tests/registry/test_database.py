@@ -199,8 +199,21 @@ def test_a_place_without_permission_is_named(public_directory: Path, request: py
         Registry.open(f"sqlite:///{public_directory / 'registry.db'}", create=True)
 
 
-def test_a_head_file_that_cannot_be_written_says_that_the_change_is_kept(sqlite_registry: Registry) -> None:
+def test_a_head_file_that_cannot_be_written_refuses_the_change(sqlite_registry: Registry) -> None:
     sqlite_registry.heads.path.mkdir()
+    with pytest.raises(RegistryError, match="head file"), sqlite_registry.write() as session:
+        sqlite_registry.record(session, action="a", subject_kind="k", subject_name="n", payload={}, actor="ada")
+    with sqlite_registry.read() as session:
+        assert list(events(session)) == []
+
+
+def test_a_head_file_that_fails_after_the_commit_says_that_the_change_is_kept(
+    sqlite_registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("registry.heads.os.write", fail)
     with pytest.raises(RegistryError, match="change is recorded"), sqlite_registry.write() as session:
         sqlite_registry.record(session, action="a", subject_kind="k", subject_name="n", payload={}, actor="ada")
     with sqlite_registry.read() as session:
