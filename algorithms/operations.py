@@ -12,7 +12,7 @@ often none. With t_i the subject's row, a_i the aligned model's, u = t − a and
 
 C mixes rows, so it acts on coordinates as it does on effective rows. The forms for c = 1 are written apart because
 they are then exact: restored rows are the aligned model's, bit for bit. Sources: FGSN 2508.09190 step 3 for project;
-the others are decisions recorded on the methods page.
+the others are decisions told in docs/fgsn.md.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Every decision of an FGSN run as one validated, recordable settings model, and the presets built from it.
 
-Where the sources are silent or disagree (methods page), the choice is a field here and not a constant in the code, so
+Where the sources are silent or disagree (docs/fgsn.md), the choice is a field here and not a constant in the code, so
 that an identification can always say what produced it.
 """
 
@@ -18,7 +18,6 @@ Normalization = Literal["fro", "numel", "in", "orthogonal"]
 ModelRole = Literal["aligned", "head"]
 
 TOKEN_KINDS = ("prompt", "header", "answer")
-SCORES_WITHOUT_FORWARD_PASS: frozenset[Score] = frozenset({"update-norm", "random"})
 FULL_TARGET_STRENGTH = 0.2
 _BLOCK_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 

@@ -21,7 +21,8 @@ from governance.catalogue import create_lineage, register_dimension, register_mo
 from governance.errors import InputError
 from governance.evaluation import EvaluationRequest, Measurement, Stage, evaluate
 from governance.identification import run_identification
-from governance.patching import PatchSummary, apply_patch, revert_patch
+from governance.patch_records import PatchSummary
+from governance.patching import apply_patch, revert_patch
 from governance.planning import plan_patch
 from governance.prompt_sets import PromptSource
 from governance.reporting import write_report

@@ -11,7 +11,6 @@ Whatever fails after step 2 is undone from the artifact at once, or, after a kil
 """
 
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sqlalchemy.orm import Session
 from governance.errors import PlanError, WeightsChangedError
 from governance.lineage_state import Recorded, recorded_state, require_settled, require_working_unchanged
 from governance.patch_artifact import Side
+from governance.patch_records import PatchSummary, patch_summary
 from governance.planning import PatchPlan, PreparedPatch, prepared, require_head
 from governance.working_files import (
     Change,
@@ -33,50 +33,6 @@ from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
 from registry import claims, queries
 from registry.schema import Lineage, Patch, PatchModule
-
-
-@dataclass(frozen=True)
-class PatchSummary:
-    """One patch, as lists and `--json` show it. Shares are of the whole model and of its linear modules."""
-
-    lineage: str
-    patch: int
-    dimension: str
-    method: str
-    state: str
-    identification: int
-    settings: dict[str, Any]
-    neurons_selected: int
-    neurons_already_protected: int
-    neurons_modified: int
-    rows_unchanged: int
-    modules: int
-    parameters_modified: int
-    modified_share: float
-    modified_linear_share: float
-    digest_before: str
-    digest_after: str | None
-    artifact: str | None
-    actor: str
-    reason: str
-    failure: str | None
-    created_at: datetime
-    applied_at: datetime | None
-    reverted_at: datetime | None
-
-
-@dataclass(frozen=True)
-class ModuleChange:
-    """What a patch changed in one module."""
-
-    module: str
-    block: int
-    rows: int
-    rows_unchanged: int
-    parameters: int
-    norm_before: float | None
-    norm_after: float | None
-    change_norm: float | None
 
 
 @dataclass(frozen=True)
@@ -178,63 +134,6 @@ def _recover(workspace: Workspace, patch_id: int, state: str) -> None:
         _undo_apply(workspace, patch_id, "interrupted before it was complete")
     else:
         _settle_revert(workspace, patch_id, failure=None)
-
-
-def list_patches(workspace: Workspace, lineage_name: str) -> list[PatchSummary]:
-    """Return every patch of a lineage in sequence order."""
-    with workspace.registry.read() as session:
-        lineage = queries.get_lineage(session, lineage_name)
-        return [patch_summary(patch) for patch in queries.list_patches(session, lineage.id)]
-
-
-def show_patch(workspace: Workspace, lineage_name: str, sequence: int) -> tuple[PatchSummary, list[ModuleChange]]:
-    """Return one patch and what it changed in every module."""
-    with workspace.registry.read() as session:
-        patch = queries.get_patch(session, queries.get_lineage(session, lineage_name), sequence)
-        changes = [
-            ModuleChange(
-                module=record.module.name,
-                block=record.module.block,
-                rows=record.rows,
-                rows_unchanged=record.rows_unchanged,
-                parameters=record.parameters,
-                norm_before=record.norm_before,
-                norm_after=record.norm_after,
-                change_norm=record.update_norms.get("change"),
-            )
-            for record in patch.modules
-        ]
-        return patch_summary(patch), changes
-
-
-def patch_summary(patch: Patch) -> PatchSummary:
-    """Describe one patch."""
-    return PatchSummary(
-        lineage=patch.lineage.name,
-        patch=patch.sequence,
-        dimension=patch.dimension.name,
-        method=patch.kind,
-        state=patch.state,
-        identification=patch.identification_id,
-        settings=patch.settings,
-        neurons_selected=patch.neurons_selected,
-        neurons_already_protected=patch.neurons_protected,
-        neurons_modified=patch.neurons_modified,
-        rows_unchanged=patch.rows_unchanged,
-        modules=len(patch.modules),
-        parameters_modified=patch.parameters_modified,
-        modified_share=patch.parameters_modified / patch.parameters_total,
-        modified_linear_share=patch.parameters_modified / patch.linear_parameters_total,
-        digest_before=patch.digest_before,
-        digest_after=patch.digest_after,
-        artifact=patch.artifact_digest,
-        actor=patch.actor,
-        reason=patch.reason or "",
-        failure=patch.failure,
-        created_at=patch.created_at,
-        applied_at=patch.applied_at,
-        reverted_at=patch.reverted_at,
-    )
 
 
 def _begin_apply(workspace: Workspace, ready: PreparedPatch, artifact_digest: str, reason: str) -> int:

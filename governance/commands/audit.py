@@ -102,13 +102,15 @@ def verify(workspace: "Workspace", weights: bool, lineage: str | None, as_json: 
 @click.option(
     "--output", type=click.Path(path_type=Path), default="report.html", show_default=True, help="File to write."
 )
+@json_option
 @workspace_options
-def report(workspace: "Workspace", lineage: str, output: Path) -> None:
+def report(workspace: "Workspace", lineage: str, output: Path, as_json: bool) -> None:
     """Write the report of LINEAGE: one self-contained HTML page."""
+    from governance.commands.rendering import emit
     from governance.reporting import write_report
 
     path = write_report(workspace, lineage, output)
-    click.echo(f"Wrote {path}")
+    emit({"report": path}, as_json, lambda: click.echo(f"Wrote {path}"))
 
 
 def _brief(payload: dict[str, object]) -> str:

@@ -8,7 +8,7 @@ import click
 from governance.commands.options import json_option
 
 if TYPE_CHECKING:
-    from governance.demo import DemoSummary, StageFigures
+    from governance.demo import DemoSummary, PatchFigures, StageFigures
 
 
 @click.command(short_help="The whole path on a small model made on the spot.")
@@ -48,8 +48,8 @@ def _show(summary: "DemoSummary") -> None:
         rest = [f"{value:.1f}" for value in (stage.benign_accuracy, stage.task_accuracy, stage.over_refusal)]
         return [stage.stage, change, *harm, *rest]
 
-    def patched(stages: "tuple[StageFigures, ...]", patches: "tuple[object, ...]") -> list[list[str]]:
-        changes = {f"after {patch.dimension}": patch for patch in patches}  # type: ignore[attr-defined]
+    def patched(stages: "tuple[StageFigures, ...]", patches: "tuple[PatchFigures, ...]") -> list[list[str]]:
+        changes = {f"after {patch.dimension}": patch for patch in patches}
         return [row(stage, _change(changes.get(stage.stage))) for stage in stages]
 
     columns = ["stage", "new / already protected neurons", *dimensions, "benign", "task", "over-refusal"]
@@ -77,7 +77,7 @@ def _show(summary: "DemoSummary") -> None:
     click.echo(f"Open the report: {summary.report}")
 
 
-def _change(patch: object) -> str:
+def _change(patch: "PatchFigures | None") -> str:
     if patch is None:
         return ""
-    return f"{patch.neurons_modified:,} / {patch.neurons_already_protected:,}"  # type: ignore[attr-defined]
+    return f"{patch.neurons_modified:,} / {patch.neurons_already_protected:,}"

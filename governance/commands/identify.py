@@ -65,7 +65,7 @@ def describe(summary: "IdentificationSummary") -> None:
             f"Of the neurons that rank highest on harmful prompts {100 * summary.overlap:.1f} % rank highest on benign "
             f"prompts too{correlation}."
         )
-    for name in summary.unreached[:5]:
-        click.echo(f"Not reached: {name} has no adapter.")
+    if summary.unreached:
+        click.echo(f"{len(summary.unreached):,} modules in scope have no adapter, first {summary.unreached[0]}.")
     for warning in summary.warnings:
         click.echo(f"Warning: {warning}", err=True)

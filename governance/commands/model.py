@@ -98,7 +98,8 @@ def list_(workspace: "Workspace", as_json: bool, as_csv: bool) -> None:
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
-def merge(base: Path, adapter: Path, output: Path) -> None:
+@json_option
+def merge(base: Path, adapter: Path, output: Path, as_json: bool) -> None:
     """Merge the LoRA adapter at ADAPTER into the checkpoint at BASE and write the full checkpoint OUTPUT.
 
     For operations that a LoRA adapter cannot hold (setting `entries`, target `full`). Arithmetic is float32, rounded
@@ -109,6 +110,7 @@ def merge(base: Path, adapter: Path, output: Path) -> None:
       neuronledger model merge ./Llama-3.1-8B-Instruct ./my-lora ./merged
     """
     from algorithms.merging import merge_adapter
+    from governance.commands.rendering import emit
 
     merge_adapter(base, adapter, output)
-    click.echo(f"Merged {adapter} into {base}: {output}")
+    emit({"merged": output}, as_json, lambda: click.echo(f"Merged {adapter} into {base}: {output}"))

@@ -9,7 +9,7 @@ from governance.commands.options import json_option, list_options, reason_option
 from governance.commands.settings import chosen_settings, settings_options
 
 if TYPE_CHECKING:
-    from governance.patching import PatchSummary
+    from governance.patch_records import PatchSummary
     from governance.planning import PlanSummary
     from governance.workspace import Workspace
 
@@ -94,7 +94,12 @@ def apply(
         settings = chosen_settings(preset, settings_file, assignments)
     found = run_identification(workspace, lineage, dimension, settings, preset, reuse=True)
     summary = apply_patch(workspace, plan_patch(workspace, lineage, found.identification), reason)
-    emit(summary, as_json, lambda: _show_patch(summary))
+
+    def people() -> None:
+        _show_patch(summary)
+        _show_notes(found.unreached, found.warnings)
+
+    emit(summary, as_json, people)
 
 
 @patch.command("list")
@@ -104,7 +109,7 @@ def apply(
 def list_(workspace: "Workspace", lineage: str, as_json: bool, as_csv: bool) -> None:
     """List the patches of LINEAGE."""
     from governance.commands.rendering import emit_list, percent, table
-    from governance.patching import list_patches
+    from governance.patch_records import list_patches
 
     patches = list_patches(workspace, lineage)
     emit_list(
@@ -141,7 +146,7 @@ def list_(workspace: "Workspace", lineage: str, as_json: bool, as_csv: bool) -> 
 def show(workspace: "Workspace", lineage: str, number: int, as_json: bool) -> None:
     """Show patch NUMBER of LINEAGE and what it changed in every module."""
     from governance.commands.rendering import emit, table
-    from governance.patching import show_patch
+    from governance.patch_records import show_patch
 
     summary, changes = show_patch(workspace, lineage, number)
 
@@ -207,7 +212,7 @@ def _planned(
     from governance.identification import run_identification
     from governance.planning import dry_run, plan_patch
 
-    with workspace.attempt("patch.apply", "lineage", lineage):
+    with workspace.attempt("patch.plan", "lineage", lineage):
         settings = chosen_settings(preset, settings_file, assignments)
     found = run_identification(workspace, lineage, dimension, settings, preset, reuse=True)
     return dry_run(workspace, plan_patch(workspace, lineage, found.identification))
@@ -244,9 +249,15 @@ def _show_plan(plan: "PlanSummary") -> None:
         click.echo(f"{count:,} of the selected neurons are protected by {dimension} and stay as they are.")
     if plan.rows_unchanged:
         click.echo(f"{plan.rows_unchanged:,} rows would keep their bytes after rounding to the file's dtype.")
-    for warning in plan.warnings:
-        click.echo(f"Warning: {warning}", err=True)
+    _show_notes(plan.unreached, plan.warnings)
     click.echo("Nothing was refused; nothing was written.")
+
+
+def _show_notes(unreached: tuple[str, ...], warnings: tuple[str, ...]) -> None:
+    if unreached:
+        click.echo(f"{len(unreached):,} modules in scope have no adapter and cannot be changed, first {unreached[0]}.")
+    for warning in warnings:
+        click.echo(f"Warning: {warning}", err=True)
 
 
 def _show_patch(summary: "PatchSummary") -> None:

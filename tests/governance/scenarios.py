@@ -21,7 +21,8 @@ from governance.auditing import Verification, verify
 from governance.catalogue import create_lineage, register_dimension, register_model
 from governance.identification import IdentificationSummary, run_identification
 from governance.patch_artifact import open_artifact
-from governance.patching import PatchSummary, apply_patch, revert_patch
+from governance.patch_records import PatchSummary
+from governance.patching import apply_patch, revert_patch
 from governance.planning import PatchPlan, plan_patch
 from governance.prompt_sets import PromptSource
 from governance.workspace import Workspace

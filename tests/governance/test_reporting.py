@@ -14,7 +14,8 @@ from governance.catalogue import create_lineage
 from governance.errors import InputError, PlanError
 from governance.evaluation import EvaluationRequest, evaluate
 from governance.identification import run_identification
-from governance.patching import apply_patch, list_patches, revert_patch, show_patch
+from governance.patch_records import list_patches, show_patch
+from governance.patching import apply_patch, revert_patch
 from governance.planning import plan_patch
 from governance.prompt_sets import PromptSource
 from governance.report_charts import HEIGHT, WIDTH, rate_panels
