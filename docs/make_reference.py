@@ -28,21 +28,22 @@ def reference() -> str:
         "## Commands",
         "",
     ]
-    for path, command in _commands(main, ("neuronledger",)):
-        context = click.Context(command, info_name=" ".join(path), max_content_width=100, terminal_width=100)
-        lines += [f"### `{' '.join(path)}`", "", "```text", command.get_help(context).rstrip(), "```", ""]
+    for context in _contexts(main, None):
+        lines += [f"### `{context.command_path}`", "", "```text", context.get_help().rstrip(), "```", ""]
     lines += _settings()
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _commands(command: click.Command, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], click.Command]]:
-    found = [(path, command)]
+def _contexts(command: click.Command, parent: click.Context | None) -> list[click.Context]:
+    """Contexts as the command line makes them, so that help looks as it does there."""
+    name = "neuronledger" if parent is None else command.name
+    context = command.make_context(name, [], parent, resilient_parsing=True, max_content_width=100, terminal_width=100)
+    found = [context]
     if isinstance(command, click.Group):
-        context = click.Context(command)
-        for name in command.list_commands(context):
-            child = command.get_command(context, name)
+        for child_name in command.list_commands(context):
+            child = command.get_command(context, child_name)
             if child is not None:
-                found += _commands(child, (*path, name))
+                found += _contexts(child, context)
     return found
 
 

@@ -24,7 +24,7 @@ from governance.identification import run_identification
 from governance.patch_records import PatchSummary
 from governance.patching import apply_patch, revert_patch
 from governance.planning import plan_patch
-from governance.prompt_sets import PromptSource
+from governance.prompt_sets import PromptSource, read_prompt_set
 from governance.reporting import write_report
 from governance.workspace import Progress, Workspace, create_registry, no_progress, open_workspace
 
@@ -79,7 +79,7 @@ class DemoSummary:
     control_patches: tuple[PatchFigures, ...]
     ledger: dict[str, Any]
     weights: dict[str, bool]
-    prompts_per_dimension: int
+    heldout_prompts: dict[str, int]
     report: str
     seconds: dict[str, float]
 
@@ -136,7 +136,7 @@ def run_demo(
         control_patches=tuple(_figures(patch) for patch in control),
         ledger={"events": final.checked["events"], "verified": checked.verified and final.verified},
         weights={"verified": checked.verified and final.verified, "reverted_exactly": reverted_exactly},
-        prompts_per_dimension=_heldout_count(laboratory),
+        heldout_prompts={each.name: len(read_prompt_set(_source(each.heldout)).rows) for each in laboratory.dimensions},
         report=str(report),
         seconds={"laboratory": built - started, "governance": time.monotonic() - built},
     )
@@ -172,9 +172,9 @@ def _register(workspace: Workspace, laboratory: Laboratory) -> list[str]:
             workspace,
             dimension.name,
             {
-                "harmful": PromptSource(str(dimension.harmful), answer_column="response", drop_duplicates=True),
-                "benign": PromptSource(str(dimension.benign), answer_column="response", drop_duplicates=True),
-                "heldout": PromptSource(str(dimension.heldout), drop_duplicates=True),
+                "harmful": _source(dimension.harmful, "response"),
+                "benign": _source(dimension.benign, "response"),
+                "heldout": _source(dimension.heldout),
             },
             "placeholder words of an invented language",
         )
@@ -183,18 +183,21 @@ def _register(workspace: Workspace, laboratory: Laboratory) -> list[str]:
     return [dimension.name for dimension in laboratory.dimensions]
 
 
+def _source(file: Path, answers: str | None = None) -> PromptSource:
+    """The language is small, so prompts drawn from it repeat: the first of each counts."""
+    return PromptSource(str(file), answer_column=answers, drop_duplicates=True)
+
+
 def _measure(
     workspace: Workspace, laboratory: Laboratory, lineage: str, model: Stage, stage: str | None = None
 ) -> StageFigures:
     request = EvaluationRequest(
         model=model,
         accuracy={
-            "benign_accuracy": PromptSource(
-                str(laboratory.benign_heldout), answer_column="response", drop_duplicates=True
-            ),
-            "task_accuracy": PromptSource(str(laboratory.task), answer_column="response", drop_duplicates=True),
+            "benign_accuracy": _source(laboratory.benign_heldout, "response"),
+            "task_accuracy": _source(laboratory.task, "response"),
         },
-        over_refusal=PromptSource(str(laboratory.safe_lookalikes), drop_duplicates=True),
+        over_refusal=_source(laboratory.safe_lookalikes),
         judge=RefusalPhraseJudge(phrases=laboratory.refusal_phrases, name="laboratory-phrases"),
         max_new_tokens=laboratory.max_new_tokens,
         batch_size=80,
@@ -264,10 +267,6 @@ def _figures(patch: PatchSummary) -> PatchFigures:
         modified_share=100 * patch.modified_share,
         modified_linear_share=100 * patch.modified_linear_share,
     )
-
-
-def _heldout_count(laboratory: Laboratory) -> int:
-    return len(laboratory.dimensions[0].heldout.read_text(encoding="utf-8").splitlines())
 
 
 def _patch_sentence(patch: PatchSummary) -> str:

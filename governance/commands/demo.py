@@ -52,11 +52,11 @@ def _show(summary: "DemoSummary") -> None:
         changes = {f"after {patch.dimension}": patch for patch in patches}
         return [row(stage, _change(changes.get(stage.stage))) for stage in stages]
 
+    counts = ", ".join(f"{name} {count}" for name, count in summary.heldout_prompts.items())
     columns = ["stage", "new / already protected neurons", *dimensions, "benign", "task", "over-refusal"]
     click.echo()
     table(
-        f"Harmfulness per dimension, accuracy and over-refusal in % ({summary.prompts_per_dimension} held-out prompts "
-        "per dimension)",
+        f"Harmfulness per dimension, accuracy and over-refusal in % (held-out prompts: {counts})",
         columns,
         patched(summary.stages, summary.patches),
         right=columns[1:],
