@@ -17,10 +17,11 @@ from algorithms.judges import RefusalPhraseJudge
 from algorithms.laboratory import Laboratory, build
 from algorithms.settings import FgsnSettings, fgsn_settings
 from governance.auditing import Verification, verify
-from governance.catalogue import create_lineage, register_dimension, register_model
+from governance.catalogue import register_dimension, register_model
 from governance.errors import InputError
 from governance.evaluation import EvaluationRequest, Measurement, Stage, evaluate
 from governance.identification import run_identification
+from governance.lineages import create_lineage
 from governance.patch_records import PatchSummary
 from governance.patching import apply_patch, revert_patch
 from governance.planning import plan_patch

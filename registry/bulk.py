@@ -49,4 +49,4 @@ def _insert_arrays(session: Session, table: Table, rows: Sequence[Mapping[str, A
 
 
 def _core_table(table: type[Base]) -> Table:
-    return cast(Table, table.__table__)  # every mapped class here has one table
+    return cast("Table", table.__table__)  # every mapped class here has one table

@@ -43,8 +43,8 @@ def create(
     Example:
       neuronledger lineage create support-bot --subject mine --aligned chat --base base
     """
-    from governance.catalogue import create_lineage
     from governance.commands.rendering import emit
+    from governance.lineages import create_lineage
 
     summary = create_lineage(workspace, name, subject=subject, aligned=aligned, base=base, working=working)
     emit(
@@ -59,8 +59,8 @@ def create(
 @workspace_options
 def list_(workspace: "Workspace", as_json: bool, as_csv: bool) -> None:
     """List the lineages with their heads."""
-    from governance.catalogue import list_lineages
     from governance.commands.rendering import emit_list, table
+    from governance.lineages import list_lineages
 
     lineages = list_lineages(workspace)
     emit_list(

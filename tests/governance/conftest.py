@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from governance.catalogue import create_lineage
+from governance.lineages import create_lineage
 from governance.workspace import Workspace
 from registry.database import Registry
 from tests.databases import SQLiteDatabases

@@ -18,8 +18,9 @@ from algorithms.checkpoints import Checkpoint
 from algorithms.settings import FgsnSettings, fgsn_settings
 from algorithms.weights import AdapterWeights, CheckpointWeights, open_weights
 from governance.auditing import Verification, verify
-from governance.catalogue import create_lineage, register_dimension, register_model
+from governance.catalogue import register_dimension, register_model
 from governance.identification import IdentificationSummary, run_identification
+from governance.lineages import create_lineage
 from governance.patch_artifact import open_artifact
 from governance.patch_records import PatchSummary
 from governance.patching import apply_patch, revert_patch

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from algorithms.weights import open_weights
-from governance.catalogue import list_dimensions, list_lineages, list_models
+from governance.catalogue import list_dimensions, list_models
 from governance.errors import PlanError
+from governance.lineages import list_lineages
 from governance.patch_records import list_patches, show_patch
 from governance.patching import apply_patch
 from governance.planning import dry_run, plan_patch

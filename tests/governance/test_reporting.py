@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from governance.catalogue import create_lineage
 from governance.errors import InputError, PlanError
 from governance.evaluation import EvaluationRequest, evaluate
 from governance.identification import run_identification
+from governance.lineages import create_lineage
 from governance.patch_records import list_patches, show_patch
 from governance.patching import apply_patch, revert_patch
 from governance.planning import plan_patch

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from algorithms.checkpoints import Checkpoint
 from algorithms.digests import digest_weight_file
 from cli import main
-from governance.catalogue import create_lineage
+from governance.lineages import create_lineage
 from governance.patching import apply_patch, recover
 from governance.workspace import Workspace
 from registry import queries
