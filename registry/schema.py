@@ -28,7 +28,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from registry.columns import DIGEST_LENGTH, TIMESTAMP_LENGTH, Timestamp, one_of, utc_now
 
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 """The migration that this code was written for; revisions are four digits and sort as text."""
 
 NAME_LENGTH = 255
@@ -117,7 +117,8 @@ class ModelTensor(Base):
     shape: Mapped[list[int]]
     dtype: Mapped[str] = mapped_column(String(16))
     file: Mapped[str] = mapped_column(Text)
-    sha256: Mapped[str] = mapped_column(String(DIGEST_LENGTH))
+    digest: Mapped[str] = mapped_column(String(DIGEST_LENGTH))
+    digest_algorithm: Mapped[str] = mapped_column(String(16), server_default="sha256")
 
 
 class ModelModule(Base):
@@ -198,6 +199,21 @@ class Lineage(Base):
     tensors: Mapped[list["LineageTensor"]] = relationship(order_by="LineageTensor.name")
 
 
+class LineageLock(Base):
+    """Who is writing to a lineage's working checkpoint: a process of a host. See `registry.locks`."""
+
+    __tablename__ = "lineage_locks"
+
+    lineage_id: Mapped[int] = mapped_column(ForeignKey("lineages.id"), primary_key=True, autoincrement=False)
+    purpose: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    host: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    pid: Mapped[int] = mapped_column(BigInteger)
+    process_started: Mapped[int] = mapped_column(BigInteger)
+    token: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    actor: Mapped[str] = mapped_column(String(NAME_LENGTH))
+    acquired_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
 class LineageFile(Base):
     """One file of the working checkpoint, as the registry last left it."""
 
@@ -207,7 +223,8 @@ class LineageFile(Base):
     file: Mapped[str] = mapped_column(Text, primary_key=True)
     size: Mapped[int] = mapped_column(BigInteger)
     modified_ns: Mapped[int] = mapped_column(BigInteger)
-    sha256: Mapped[str] = mapped_column(String(DIGEST_LENGTH))
+    digest: Mapped[str] = mapped_column(String(DIGEST_LENGTH))
+    digest_algorithm: Mapped[str] = mapped_column(String(16), server_default="sha256")
 
 
 class LineageTensor(Base):
@@ -220,7 +237,8 @@ class LineageTensor(Base):
     shape: Mapped[list[int]]
     dtype: Mapped[str] = mapped_column(String(16))
     file: Mapped[str] = mapped_column(Text)
-    sha256: Mapped[str] = mapped_column(String(DIGEST_LENGTH))
+    digest: Mapped[str] = mapped_column(String(DIGEST_LENGTH))
+    digest_algorithm: Mapped[str] = mapped_column(String(16), server_default="sha256")
 
 
 class Identification(Base):
@@ -329,6 +347,7 @@ class Patch(Base):
     actor: Mapped[str] = mapped_column(String(NAME_LENGTH))
     reason: Mapped[str | None] = mapped_column(Text)
     failure: Mapped[str | None] = mapped_column(Text)
+    origin: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     applied_at: Mapped[datetime | None]
     reverted_at: Mapped[datetime | None]
