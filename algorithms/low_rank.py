@@ -4,7 +4,7 @@ For inputs X (tokens × in) of a module at response tokens of safe answers, V_r 
 X Fᵀ, that is, the leading eigenvectors of F G Fᵀ with G = Σ x xᵀ. For F = L R of low rank they lie in the span of L:
 with the thin QR L = Q T they are Q E, E the leading eigenvectors of T (R G Rᵀ) Tᵀ. So a LoRA update and each of its
 factors need no more than the r × r matrix A G Aᵀ; a dense F needs G and a symmetric matrix of its smaller side. No
-activation is stored and no decomposition is approximated. Source: NLSR 2412.12497, step 2, after 2402.05162.
+activation is stored and no decomposition is approximated; directions that no answer moves are never kept. Source: NLSR 2412.12497, step 2, after 2402.05162.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,9 @@ from algorithms.nlsr_settings import NlsrSettings
 from algorithms.weights import LoraFactors, WeightSource, row_blocks
 
 _ROUNDING = 1e-9
-# Above this size a symmetric eigenproblem is solved in float32: a third of the time, errors around 1e-6.
-_DOUBLE_EIGENVECTORS = 2048
+# Relative energy below which a direction is the rounding of float32 numbers, and nothing that an answer moved.
+_NOTHING = 64 * torch.finfo(torch.float32).eps ** 2
+_COLUMNS = 1024
 
 
 class Matrix(Protocol):
@@ -158,14 +159,14 @@ def _reduced_wide(matrix: Matrix, moment: Tensor, rank: int) -> tuple[Tensor, Te
     outputs, inputs = matrix.module.out_features, matrix.module.in_features
     gram = torch.zeros(outputs, outputs, dtype=torch.float64)
     for above, rows in matrix.blocks():
-        image = rows.to(moment.dtype) @ moment
+        image = _times(rows, moment)
         for below, others in matrix.blocks():
             if below.start <= above.start:
-                product = (image @ others.to(moment.dtype).T).double()
+                product = image @ others.double().T
                 gram[above, below] = product
                 gram[below, above] = product.T
     V = _leading_eigenvectors(gram, rank).float()
-    right = torch.zeros(rank, inputs)
+    right = torch.zeros(V.shape[1], inputs)
     for block, rows in matrix.blocks():
         right.addmm_(V[block].T, rows)
     return V, right
@@ -183,15 +184,24 @@ def _reduced_tall(matrix: Matrix, moment: Tensor, rank: int) -> tuple[Tensor, Te
         gram.addmm_(rows64.T, rows64)
     squares, Y = torch.linalg.eigh(gram)
     # What lies below the rounding of float32 weights is no direction of F.
-    held = squares > squares[-1] * inputs * torch.finfo(torch.float32).eps ** 2
+    held = squares > squares[-1] * _NOTHING
     lengths, Y = squares[held].sqrt(), Y[:, held]
     T = lengths[:, None] * Y.T
-    E = _leading_eigenvectors(T @ moment.double() @ T.T, min(rank, len(lengths)))
+    E = _leading_eigenvectors(_times(T, moment) @ T.T, rank)
     return ((Y / lengths) @ E).float(), (E.T @ T).float()
 
 
 def _leading_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
-    """Orthonormal columns (n, count) that belong to the largest eigenvalues, largest first; float64."""
-    exact = symmetric.shape[0] <= _DOUBLE_EIGENVECTORS
-    vectors: Tensor = torch.linalg.eigh(symmetric if exact else symmetric.float()).eigenvectors
-    return vectors.flip(1)[:, :count].double()
+    """Orthonormal columns (n, ≤ count) that belong to the largest eigenvalues above rounding, largest first."""
+    if not len(symmetric):
+        return symmetric
+    values, vectors = torch.linalg.eigh(symmetric)
+    count = min(count, int((values > values[-1] * _NOTHING).sum()))
+    leading: Tensor = vectors.flip(1)[:, :count]
+    return leading
+
+
+def _times(rows: Tensor, moment: Tensor) -> Tensor:
+    """rows · moment in float64, without a second moment in that precision."""
+    rows = rows.double()
+    return torch.cat([rows @ part.double() for part in moment.split(_COLUMNS, dim=1)], dim=1)
