@@ -4,7 +4,8 @@ For inputs X (tokens × in) of a module at response tokens of safe answers, V_r 
 X Fᵀ, that is, the leading eigenvectors of F G Fᵀ with G = Σ x xᵀ. For F = L R of low rank they lie in the span of L:
 with the thin QR L = Q T they are Q E, E the leading eigenvectors of T (R G Rᵀ) Tᵀ. So a LoRA update and each of its
 factors need no more than the r × r matrix A G Aᵀ; a dense F needs G and a symmetric matrix of its smaller side. No
-activation is stored and no decomposition is approximated; directions that no answer moves are never kept. Source: NLSR 2412.12497, step 2, after 2402.05162.
+activation is stored, no decomposition is approximated, and directions that no answer moves are never kept.
+Source: NLSR 2412.12497, step 2, after 2402.05162.
 """
 
 from collections.abc import Iterator
@@ -204,4 +205,5 @@ def _leading_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
 def _times(rows: Tensor, moment: Tensor) -> Tensor:
     """rows · moment in float64, without a second moment in that precision."""
     rows = rows.double()
-    return torch.cat([rows @ part.double() for part in moment.split(_COLUMNS, dim=1)], dim=1)
+    starts = range(0, moment.shape[1], _COLUMNS)
+    return torch.cat([rows @ moment[:, start : start + _COLUMNS].double() for start in starts], dim=1)

@@ -76,7 +76,8 @@ class NlsrIdentification:
         found: dict[str, Tensor] = {}
         for part in self.modules:
             for kind in _MODULE_TENSORS:
-                found[f"{kind}/{part.module}"] = getattr(part, kind).contiguous()
+                # Region and selection of a patched module may be one tensor, which safetensors refuses to store twice.
+                found[f"{kind}/{part.module}"] = getattr(part, kind).clone(memory_format=torch.contiguous_format)
             if part.masks is not None:
                 found[f"mask_A/{part.module}"] = part.masks.A.to(torch.uint8).contiguous()
                 found[f"mask_B/{part.module}"] = part.masks.B.to(torch.uint8).contiguous()

@@ -28,7 +28,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def by_definition(x: Tensor, F: Tensor, rank: int) -> Tensor:
     """V_r V_rᵀ F with V_r the leading right singular vectors of X Fᵀ, of those that are not zero; float64."""
     decomposition = torch.linalg.svd(x.double() @ F.double().T, full_matrices=False)
-    moved = int((decomposition.S > 1e-5 * decomposition.S[0]).sum())
+    moved = int((decomposition.S / decomposition.S[0] > 1e-5).sum())
     V = decomposition.Vh[: min(rank, moved)].T
     return V @ V.T @ F.double()
 

@@ -147,6 +147,18 @@ def test_a_written_checkpoint_holds_the_reference_in_the_aligned_models_layout(t
         assert torch.equal(view.rows(name, EVERY).bfloat16(), written.rows(name, EVERY).bfloat16())
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma", "phi3"])
+def test_families_that_store_weights_otherwise_have_the_same_reference(tmp_path, family) -> None:
+    base = tiny_models.save_model(tmp_path / "base", family)
+    sources = open_weights(tiny_models.save_variant(base, tmp_path / "aligned")), open_weights(base)
+    output = write_reference(*sources, NlsrSettings(beta=0.5), tmp_path / "reference")
+    view, written = reference_weights(*sources, NlsrSettings(beta=0.5)), open_weights(output)
+    for name in view.modules:
+        assert torch.equal(view.rows(name, EVERY), written.rows(name, EVERY))
+    with torch.no_grad():
+        tiny_models.load_model(output)(torch.arange(4, 12)[None])
+
+
 def test_a_written_checkpoint_without_extrapolation_is_the_aligned_one_byte_for_byte(tmp_path, full_pair) -> None:
     base, aligned = full_pair
     output = write_reference(open_weights(aligned), open_weights(base), NlsrSettings(beta=0), tmp_path / "reference")
