@@ -60,7 +60,7 @@ def begin_apply(workspace: Workspace, ready: PreparedPatch, artifact_digest: str
             sequence=queries.next_sequence(session, lineage.id),
             identification_id=plan.identification_id,
             dimension_id=plan.dimension_id,
-            kind="fgsn",
+            kind=plan.settings.method,
             state="applying",
             parent_patch_id=lineage.head_patch_id,
             digest_before=lineage.state_digest,

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from algorithms.identifications import StoredIdentification
-from algorithms.operations import RowEditor
+from algorithms.editors import Editor, EditSources, Selection, Settings
 from algorithms.selection import new_rows
-from algorithms.settings import FgsnSettings
 from algorithms.weights import AdapterWeights
 from governance.errors import PlanError, SpaceError
 from governance.identification import stored_identification
 from governance.lineage_state import LineageState, read_lineage
 from governance.patch_artifact import ArtifactHeader, ArtifactModule, ArtifactWriter
+from governance.references import edit_sources
 from governance.tensor_file import DTYPES
 from governance.weight_state import checkpoint_of
 from governance.working_checkpoint import require_space
@@ -65,8 +64,9 @@ class PatchPlan:
     dimension: str
     dimension_id: int
     identification_id: int
-    identification: StoredIdentification
-    settings: FgsnSettings
+    identification: Selection
+    sources: EditSources
+    settings: Settings
     settings_digest: str
     modules: tuple[ModulePlan, ...]
     neurons_selected: int
@@ -140,6 +140,7 @@ def plan_patch(workspace: Workspace, lineage_name: str, identification_id: int) 
 
     Raises:
         PlanError: the identification is of another lineage, or was made at another head.
+        SettingsError: NLSR's factor form, which changes whole modules, would change a protected neuron.
         WeightsChangedError: files are not what was recorded.
         NeuronLedgerError: as `read_lineage`.
     """
@@ -164,9 +165,11 @@ def _plan(workspace: Workspace, lineage_name: str, identification_id: int) -> Pa
             )
         artifact, summary, dimension = record.artifact_digest, record.summary, record.dimension
         dimension_id, dimension_name, digest = dimension.id, dimension.name, record.settings_digest
+        method = record.method
     if artifact is None:
         raise PlanError(f"identification {identification_id} has no artifact", "identify again")
-    found = stored_identification(workspace, artifact, summary)
+    found = stored_identification(workspace, method, artifact, summary)
+    found.require_unprotected(lineage.protected)
     modules = tuple(_module_plan(lineage, module, found.selected(module)) for module in found.modules)
     holders: Counter[str] = Counter()
     for module in found.modules:
@@ -178,6 +181,7 @@ def _plan(workspace: Workspace, lineage_name: str, identification_id: int) -> Pa
         dimension_id=dimension_id,
         identification_id=identification_id,
         identification=found,
+        sources=edit_sources(workspace, lineage, found.settings),
         settings=found.settings,
         settings_digest=digest,
         modules=modules,
@@ -268,18 +272,8 @@ def _stored_tensor(lineage: LineageState, module: str) -> Any:
     return adapter.tensors[adapter.modules[module].b_tensor]
 
 
-def _editor(plan: PatchPlan, module: ModulePlan) -> RowEditor:
-    lineage = plan.lineage
-    # Rows that nobody claims are the subject's own at every head, so rows are always computed from the subject.
-    return RowEditor(
-        lineage.subject,
-        lineage.aligned,
-        lineage.base,
-        module.module,
-        module.rows,
-        plan.settings,
-        plan.identification.statistics(module.module),
-    )
+def _editor(plan: PatchPlan, module: ModulePlan) -> Editor:
+    return plan.identification.editor(plan.sources, module.module, module.rows)
 
 
 def _header(plan: PatchPlan) -> ArtifactHeader:
@@ -304,7 +298,7 @@ def _header(plan: PatchPlan) -> ArtifactHeader:
         )
     return ArtifactHeader(
         form="adapter" if lineage.is_adapter else "checkpoint",
-        method="fgsn",
+        method=plan.settings.method,
         dimension=plan.dimension,
         subject_digest=lineage.subject_digest,
         settings_digest=plan.settings_digest,
@@ -313,7 +307,7 @@ def _header(plan: PatchPlan) -> ArtifactHeader:
 
 
 def _write_module(
-    writer: ArtifactWriter, lineage: LineageState, module: ArtifactModule, editor: RowEditor
+    writer: ArtifactWriter, lineage: LineageState, module: ArtifactModule, editor: Editor
 ) -> ModuleOutcome:
     dtype = DTYPES[module.dtype]
     position = unchanged = 0
