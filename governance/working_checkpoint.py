@@ -36,7 +36,7 @@ def copied_checkpoint(source: Path, target: Path, never_rewritten: Collection[st
     Raises:
         SpaceError: the copy cannot be written, or does not fit on its disk.
     """
-    files = [path for path in sorted(source.rglob("*")) if path.is_file() and _belongs(path, source)]
+    files = copied_files(source)
     linked = {path for path in files if path.parent == source and path.name in never_rewritten}
     require_space(target, sum(path.stat().st_size for path in files if path not in linked))
     making = target.with_name(f".{target.name}.{secrets.token_hex(8)}.making")
@@ -52,6 +52,11 @@ def copied_checkpoint(source: Path, target: Path, never_rewritten: Collection[st
         yield making
     finally:
         discard_working_checkpoint(making)
+
+
+def copied_files(source: Path) -> list[Path]:
+    """The files of a model's directory that belong into a working checkpoint, sorted."""
+    return [path for path in sorted(source.rglob("*")) if path.is_file() and _belongs(path, source)]
 
 
 def move_into_place(copy: Path, target: Path) -> None:
