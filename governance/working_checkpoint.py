@@ -41,7 +41,7 @@ def copied_checkpoint(source: Path, target: Path, never_rewritten: Collection[st
     require_space(target, sum(path.stat().st_size for path in files if path not in linked))
     making = target.with_name(f".{target.name}.{secrets.token_hex(8)}.making")
     try:
-        with _named(target):
+        with disk_errors(target):
             for path in files:
                 copy = making / path.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def move_into_place(copy: Path, target: Path) -> None:
     Raises:
         SpaceError: it cannot be renamed.
     """
-    with _named(target):
+    with disk_errors(target):
         copy.replace(target)
         sync_directory(target.parent)
 
@@ -83,13 +83,18 @@ def require_unused(target: Path) -> None:
 
 
 @contextmanager
-def _named(target: Path) -> Iterator[None]:
+def disk_errors(target: Path) -> Iterator[None]:
+    """Name the checkpoint that is being written in whatever the operating system refuses.
+
+    Raises:
+        SpaceError: in place of every `OSError` inside.
+    """
     try:
         yield
     except OSError as error:
         raise SpaceError(
-            f"the working checkpoint {target} cannot be written ({error.strerror or error})",
-            "free space on that disk, mend its permissions, or name another directory with --working",
+            f"the checkpoint {target} cannot be written ({error.strerror or error})",
+            "free space on that disk, mend its permissions, or name another directory",
         ) from error
 
 
