@@ -204,7 +204,7 @@ class _Examination:
                 try:
                     path = self._workspace.store.verify(patch.artifact or "")
                     artifact = self._stack.enter_context(open_artifact(path))
-                    require_fit(subject, artifact)
+                    require_fit(subject, artifact, patch.sequence)
                 except NeuronLedgerError as error:
                     problem = f"the rows of patch {patch.sequence} cannot be checked: {error.problem}"
                     self._findings.append(Difference("artifact", problem, patch=patch.sequence))

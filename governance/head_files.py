@@ -86,7 +86,7 @@ def adapter_head(subject: Adapter, artifacts: Mapping[int, PatchArtifact]) -> Ad
     )
 
 
-def require_fit(subject: Checkpoint | Adapter, artifact: PatchArtifact) -> None:
+def require_fit(subject: Checkpoint | Adapter, artifact: PatchArtifact, patch: int) -> None:
     """Refuse an artifact that was made for another subject.
 
     Raises:
@@ -96,7 +96,7 @@ def require_fit(subject: Checkpoint | Adapter, artifact: PatchArtifact) -> None:
     fits = artifact.header.form == form and all(_fits(subject, artifact, module) for module in artifact.modules)
     if not fits:
         raise InputError(
-            f"the artifact {artifact.path} was not made for the subject {subject.path}",
+            f"the artifact of patch {patch} was not made for the subject {subject.path}",
             "restore the registry and the artifact store from a copy",
         )
 

@@ -166,7 +166,7 @@ def _open_artifacts(
             continue
         try:
             artifact = stack.enter_context(open_artifact(workspace.store.verify(patch.artifact or "")))
-            require_fit(subject, artifact)
+            require_fit(subject, artifact, patch.sequence)
         except NeuronLedgerError:
             if patch.state == "applied":
                 raise

@@ -362,7 +362,7 @@ def test_rows_that_cannot_be_read_are_counted_as_such(full: PatchedLineage) -> N
     assert all(patch.changed == patch.unchanged == patch.as_written == 0 for patch in outcome.patches)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_changed_byte_of_the_weight_files_is_named_with_its_place(
     patched_forms: PatchedLineage, data: st.DataObject
