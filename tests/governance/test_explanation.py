@@ -1,5 +1,7 @@
 """`audit explain`: every changed byte is in a row that an applied patch wrote, or it is named with its place."""
 
+import errno
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -300,6 +302,14 @@ def _fifo(working: Path) -> None:
     _weights(working).mkdir()
 
 
+def _wider_header(working: Path) -> None:
+    content = _weights(working).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    _weights(working).write_bytes(
+        (length + 8).to_bytes(8, "little") + content[8 : 8 + length] + b" " * 8 + content[8 + length :]
+    )
+
+
 FORMAT = {"format": "pt"}
 DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], set[str]]] = {
     "missing": (lambda w: _weights(w).unlink(), ("model.safetensors: is missing",), {"file"}),
@@ -316,6 +326,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], set[str]]] = {
     "one byte more": (lambda w: _weights(w).open("ab").write(b"x"), ("has 1 bytes after its last",), {"file"}),
     "other metadata": (_save_changed(len, {"format": "np"}), ("__metadata__ is another (format)",), {"header"}),
     "no metadata": (_save_changed(len, {}), ("__metadata__ is another (format)",), {"header"}),
+    "a wider header": (_wider_header, ("its header has other bytes, though it declares the same",), {"header"}),
     "a tensor gone": (
         _save_changed(lambda t: t.pop("model.norm.weight"), FORMAT),
         ("tensor model.norm.weight: is missing",),
@@ -340,6 +351,38 @@ def test_a_damaged_weight_file_is_described_and_no_crash(full: PatchedLineage, c
     damage(full.working)
     findings = _require_unexplained(full, *named)
     assert {finding["kind"] for finding in findings} == kinds
+
+
+def test_a_file_that_cannot_be_read_is_a_finding(full: PatchedLineage, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def refusing(path: Path, *arguments: Any, **settings: Any) -> Any:
+        if path in {_weights(full.working), full.working / "tokenizer.json"}:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    findings = _require_unexplained(
+        full,
+        "model.safetensors: cannot be read (Permission denied)",
+        "tokenizer.json: cannot be read (Permission denied)",
+    )
+    assert len(findings) == 2
+
+
+def test_a_disk_that_fails_while_it_is_read_is_a_finding(full: PatchedLineage, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            if self.tell() >= 9000:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().readinto(buffer[: 9000 - self.tell()])
+
+    opened = Path.open
+    weights = _weights(full.working)
+    monkeypatch.setattr(Path, "open", lambda path, *a, **s: Failing(path) if path == weights else opened(path, *a, **s))
+    (finding,) = _require_unexplained(full, "model.safetensors: cannot be read beyond byte 9,000 (Input/output error)")
+    assert finding["kind"] == "file"
+    assert sum(patch.unread for patch in _explain(full).patches) > 0
 
 
 def test_what_a_damaged_file_still_holds_is_still_attributed(full: PatchedLineage) -> None:
