@@ -288,8 +288,10 @@ def test_blocks_of_rows_give_what_all_rows_give(monkeypatch: pytest.MonkeyPatch)
         for entries in (None, 0.3)
     ]
     whole = [edit_rows(subject, aligned, base, "m", rows, chosen, statistics).values for chosen in variants]
-    for part in (differences, projection, operations):
+    for part in (differences, operations):
         monkeypatch.setattr(part, "BLOCK_BYTES", 4 * 6 * 7)
+    for part in (differences, projection):
+        monkeypatch.setattr(part, "STREAM_BYTES", 4 * 6 * 7)
     for chosen, expected in zip(variants, whole, strict=True):
         edits = list(RowEditor(subject, aligned, base, "m", rows, chosen, statistics).edits())
         assert [len(edit.rows) for edit in edits] == [7, 7, 6]
