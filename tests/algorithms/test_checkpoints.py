@@ -59,7 +59,7 @@ def test_tensors_rows_and_columns_are_read_exactly(tmp_path, dtype):
         assert torch.equal(checkpoint.read(name, 1, 5), expected[1:5])
         assert torch.equal(checkpoint.read(name, 3), expected[3:])
         assert torch.equal(checkpoint.read(name, None, 0), expected[:0])
-        assert torch.equal(checkpoint.read_ranges(name, [(3, 5), (9, 9), (1, 2)]), expected[[3, 4, 1]])
+        assert torch.equal(checkpoint.read_ranges(name, [(3, 5), (6, 6), (1, 2)]), expected[[3, 4, 1]])
         assert torch.equal(checkpoint.read_ranges(name, []), expected[:0])
         raw = (path / stored.file).read_bytes()[stored.begin : stored.end]
         assert raw == expected.view(torch.uint8).numpy().tobytes()
