@@ -22,8 +22,9 @@ from patching_records import LINEAGE, record_dimension, record_identification
 from governance.auditing import verify
 from governance.catalogue import register_model
 from governance.lineages import create_lineage
-from governance.patching import apply_patch, recover, revert_patch
+from governance.patching import apply_patch, revert_patch
 from governance.planning import dry_run, plan_patch
+from governance.recovery import recover
 from governance.workspace import Workspace, create_registry, open_workspace
 from neuronledger import NeuronLedgerError
 from registry import queries

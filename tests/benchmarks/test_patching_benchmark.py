@@ -1,4 +1,4 @@
-"""The patching benchmark: its checkpoints, its baselines, what it keeps, and what it concludes. Timings are not tested."""
+"""The patching benchmark: its checkpoints, its baselines, what it keeps and concludes. Timings are not tested."""
 
 import json
 from collections.abc import Iterator
@@ -164,7 +164,10 @@ def test_projections_are_timed_on_square_modules_of_the_wanted_width(
     monkeypatch: pytest.MonkeyPatch, models: dict[str, Path]
 ) -> None:
     monkeypatch.setattr(baselines, "WIDTH", TINY.hidden)
-    for figures in (baselines.project_rows(models["base"].parent, 0.05), baselines.project_dense(models["base"].parent)):
+    for figures in (
+        baselines.project_rows(models["base"].parent, 0.05),
+        baselines.project_dense(models["base"].parent),
+    ):
         assert figures["modules"] == 2 * TINY.blocks
         assert figures["module_seconds"] > 0
 
