@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from algorithms.differences import squared_norm
 from algorithms.editors import Editor, EditSources, Selection, Settings
 from algorithms.selection import new_rows
 from algorithms.weights import AdapterWeights
@@ -322,9 +323,9 @@ def _write_module(
         writer.put(f"{module.name}/new", new, position)
         padded = torch.cat([old, old.new_zeros(len(old), new.shape[1] - old.shape[1])], dim=1)
         unchanged += int((_bits(padded) == _bits(new)).all(dim=1).sum())
-        change += _square_norm(new.float() - padded.float())
-        before += _square_norm(old)
-        after += _square_norm(new)
+        change += squared_norm(new.float() - padded.float())
+        before += squared_norm(old)
+        after += squared_norm(new)
         position += len(edit.rows)
     return ModuleOutcome(
         module=module.name,
@@ -334,10 +335,6 @@ def _write_module(
         norm_before=before**0.5,
         norm_after=after**0.5,
     )
-
-
-def _square_norm(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def _bits(values: Tensor) -> Tensor:
