@@ -54,24 +54,28 @@ def apply_patch(workspace: Workspace, plan: PatchPlan, reason: str = "") -> Patc
         NeuronLedgerError: as `prepared`.
     """
     with workspace.attempt("patch.apply", "lineage", plan.lineage.name), prepared(workspace, plan) as ready:
-        artifact_digest = workspace.store.commit(ready.artifact)
-        patch_id = _begin_apply(workspace, ready, artifact_digest, reason)
-        change = Change(
-            artifact=workspace.store.path(artifact_digest),
-            side="new",
-            applied_after=(*plan.lineage.applied, workspace.store.path(artifact_digest)),
-        )
-        try:
-            after = write_change(
-                plan.lineage.working,
-                plan.lineage.locations["subject"].path,
-                change,
-                plan.lineage.recorded,
-            )
-            return _finish_apply(workspace, plan, patch_id, after)
-        except (NeuronLedgerError, OSError) as failure:
-            _undo_apply(workspace, patch_id, str(failure))
-            raise
+        return apply_prepared(workspace, ready, reason)
+
+
+def apply_prepared(workspace: Workspace, ready: PreparedPatch, reason: str) -> PatchSummary:
+    """Write a patch whose rows lie in a temporary artifact, verify it, and protect its neurons.
+
+    Raises: as `apply_patch`.
+    """
+    lineage = ready.plan.lineage
+    artifact_digest = workspace.store.commit(ready.artifact)
+    patch_id = _begin_apply(workspace, ready, artifact_digest, reason)
+    change = Change(
+        artifact=workspace.store.path(artifact_digest),
+        side="new",
+        applied_after=(*lineage.applied, workspace.store.path(artifact_digest)),
+    )
+    try:
+        after = write_change(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
+        return _finish_apply(workspace, ready, patch_id, after)
+    except (NeuronLedgerError, OSError) as failure:
+        _undo_apply(workspace, patch_id, str(failure))
+        raise
 
 
 def revert_patch(
@@ -142,12 +146,13 @@ def _begin_apply(workspace: Workspace, ready: PreparedPatch, artifact_digest: st
         lineage = queries.get_lineage(session, plan.lineage.name)
         require_settled(session, lineage)
         require_head(lineage, plan.lineage)
+        identification_id = ready.identify(session)
         patch = Patch(
             lineage_id=lineage.id,
             sequence=queries.next_sequence(session, lineage.id),
-            identification_id=plan.identification_id,
+            identification_id=identification_id,
             dimension_id=plan.dimension_id,
-            kind="fgsn",
+            kind=plan.method,
             state="applying",
             parent_patch_id=lineage.head_patch_id,
             digest_before=lineage.state_digest,
@@ -159,7 +164,8 @@ def _begin_apply(workspace: Workspace, ready: PreparedPatch, artifact_digest: st
             neurons_protected=plan.neurons_protected,
             neurons_modified=plan.neurons_modified,
             rows_unchanged=ready.rows_unchanged,
-            settings=plan.settings.model_dump(mode="json"),
+            settings=dict(plan.recorded_settings),
+            origin=ready.origin.provenance.record() if ready.origin else None,
             actor=workspace.actor,
             reason=reason,
             created_at=workspace.clock(),
@@ -188,18 +194,20 @@ def _begin_apply(workspace: Workspace, ready: PreparedPatch, artifact_digest: st
             {
                 "patch": patch.sequence,
                 "dimension": plan.dimension,
-                "identification": plan.identification_id,
+                "identification": identification_id,
                 "settings_digest": plan.settings_digest,
                 "artifact": artifact_digest,
                 "digest_before": lineage.state_digest,
                 "neurons": plan.neurons_modified,
                 "reason": reason,
+                **(ready.origin.payload() if ready.origin else {}),
             },
         )
         return patch.id
 
 
-def _finish_apply(workspace: Workspace, plan: PatchPlan, patch_id: int, after: FilesAfter) -> PatchSummary:
+def _finish_apply(workspace: Workspace, ready: PreparedPatch, patch_id: int, after: FilesAfter) -> PatchSummary:
+    plan = ready.plan
     with workspace.registry.write() as session:
         patch = session.get_one(Patch, patch_id)
         lineage = patch.lineage
@@ -226,6 +234,7 @@ def _finish_apply(workspace: Workspace, plan: PatchPlan, patch_id: int, after: F
                 "rows_unchanged": patch.rows_unchanged,
                 "parameters_modified": plan.parameters_modified,
                 "files": {file.file: file.sha256 for file in after.files if file.file in after.written},
+                **(ready.origin.payload() if ready.origin else {}),
             },
         )
         session.flush()

@@ -52,6 +52,22 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
+def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Return the length and the header of a safetensors file: all of it that comes before the tensors' bytes.
+
+    The same specs and metadata always give the same bytes.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    position = 0
+    for spec in specs:
+        end = position + spec.bytes
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), sort_keys=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 class TensorFileWriter:
     """Writes one safetensors file whose tensors are all declared first.
 
@@ -65,21 +81,17 @@ class TensorFileWriter:
     """
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
+        head = header_bytes(specs, metadata)
         self._offsets: dict[str, tuple[int, TensorSpec]] = {}
-        header: dict[str, object] = {"__metadata__": dict(metadata)}
         position = 0
         for spec in specs:
-            end = position + spec.bytes
-            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
             self._offsets[spec.name] = (position, spec)
-            position = end
-        text = json.dumps(header, separators=(",", ":"), sort_keys=False).encode()
-        text += b" " * (-len(text) % 8)
-        self._begin = 8 + len(text)
+            position += spec.bytes
+        self._begin = len(head)
         self._length = self._begin + position
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            write_at(self._descriptor, len(text).to_bytes(8, "little") + text, 0)
+            write_at(self._descriptor, head, 0)
             os.ftruncate(self._descriptor, self._length)
         except OSError:
             os.close(self._descriptor)
