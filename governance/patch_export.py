@@ -4,7 +4,7 @@ The file is written under a temporary name, flushed and renamed, and the ledger 
 """
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from governance.provenance import Provenance
 from governance.working_checkpoint import require_space
 from governance.workspace import Workspace
 from registry import claims, queries
-from registry.heads import sync_directory
+from registry.files import sync_directory
 from registry.schema import Patch
 
 
@@ -78,10 +78,15 @@ def export_patch(
                 modules=modules,
                 rows=provenance.neurons_modified,
             )
-            with workspace.registry.write() as session:
-                record_export(workspace, session, provenance, "file", target, digest)
-                require_free(target, force=force)
-                publish(temporary, target)
+            try:
+                with workspace.registry.write() as session:
+                    record_export(workspace, session, provenance, target, {target.name: digest})
+                    require_free(target, force=force)
+                    publish(temporary, target)
+            except BaseException:
+                if not temporary.exists():  # an export that the ledger does not know of does not stay
+                    target.unlink(missing_ok=True)
+                raise
         return summary
 
 
@@ -120,9 +125,9 @@ def exportable_patch(workspace: Workspace, session: Session, lineage_name: str, 
 
 
 def record_export(
-    workspace: Workspace, session: Session, provenance: Provenance, form: str, target: Path, digest: str
+    workspace: Workspace, session: Session, provenance: Provenance, target: Path, files: Mapping[str, str]
 ) -> None:
-    """Record in the ledger that a patch was exported, and the SHA-256 of what was written."""
+    """Record in the ledger that a patch was exported, and the SHA-256 of each file that was written."""
     workspace.record(
         session,
         "patch.exported",
@@ -131,9 +136,8 @@ def record_export(
         {
             "patch": provenance.patch,
             "dimension": provenance.dimension.name,
-            "form": form,
             "path": str(target.resolve()),
-            "sha256": digest,
+            "files": dict(files),
             "artifact": provenance.artifact,
         },
     )

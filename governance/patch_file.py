@@ -23,6 +23,7 @@ from governance.patch_artifact import FORMAT as ARTIFACT
 from governance.patch_artifact import ArtifactHeader, artifact_specs
 from governance.provenance import Provenance
 from governance.tensor_file import DTYPES, TensorSpec, header_bytes
+from registry.files import write_all
 
 PROVENANCE = "neuronledger-provenance"
 PROVENANCE_DIGEST = "neuronledger-provenance-sha256"
@@ -190,15 +191,18 @@ def _copy(source: Path, begin: int, target: Path, head: bytes, other_head: bytes
     """Write `head` and all that follows byte `begin` of the source; return its SHA-256, and that with another head."""
     written, other = hashlib.sha256(head), hashlib.sha256(other_head)
     try:
-        with source.open("rb") as reading, target.open("xb") as writing:
-            writing.write(head)
-            reading.seek(begin)
-            while block := reading.read(_BLOCK):
-                writing.write(block)
-                written.update(block)
-                other.update(block)
-            writing.flush()
-            os.fsync(writing.fileno())
+        with source.open("rb", buffering=0) as reading:
+            writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                write_all(writing, head)
+                reading.seek(begin)
+                while block := reading.read(_BLOCK):
+                    write_all(writing, block)
+                    written.update(block)
+                    other.update(block)
+                os.fsync(writing)
+            finally:
+                os.close(writing)
     except OSError as error:
         raise SpaceError(
             f"{source} cannot be copied to {target}: {error.strerror or error}", "free space, or mend the permissions"

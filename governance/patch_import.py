@@ -130,7 +130,6 @@ def _prepared(
     dimension_id, dimension_name = _dimension(workspace, exported.provenance, dimension)
     require_space(workspace.store.directory, file.stat().st_size)
     with workspace.store.writer() as path:
-        path.unlink()
         file_sha256 = extract_artifact(exported, path)
         if sha256 is not None and sha256.lower() != file_sha256:
             raise PatchFileError(
@@ -152,11 +151,13 @@ def _prepared(
             neurons_selected=sum(len(module.rows) for module in modules),
             neurons_protected=0,
         )
-        check_change(lineage.working, Change(artifact=path, side="new", applied_after=()), lineage.recorded)
+        change = Change(artifact=path, side="new", applied_after=())
+        expected = check_change(lineage.working, change, lineage.recorded)
         with workspace.registry.read() as session:
             require_head(queries.get_lineage(session, lineage_name), lineage)
         origin = Origin(exported.provenance, file_sha256)
-        yield PreparedPatch(plan, path, outcomes, partial(_record_identification, workspace, plan, origin), origin)
+        identify = partial(_record_identification, workspace, plan, origin)
+        yield PreparedPatch(plan, path, outcomes, expected, identify, origin)
 
 
 def _require_subject(workspace: Workspace, lineage: LineageState, exported: PatchFile) -> None:
@@ -246,9 +247,7 @@ def _protected(workspace: Workspace, lineage: LineageState, module: str, row: in
     )
 
 
-def _checked_rows(
-    workspace: Workspace, lineage: LineageState, artifact: PatchArtifact, number: int
-) -> ModuleOutcome:
+def _checked_rows(workspace: Workspace, lineage: LineageState, artifact: PatchArtifact, number: int) -> ModuleOutcome:
     """The old rows are the subject's, bit for bit, and the new ones are numbers."""
     workspace.progress("checking rows", number, len(artifact.modules))
     module = artifact.modules[number]

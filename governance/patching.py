@@ -10,6 +10,7 @@
 Whatever fails after step 2 is undone from the artifact at once, or, after a kill, by `recover`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def apply_prepared(workspace: Workspace, ready: PreparedPatch, reason: str) -> P
         applied_after=(*lineage.applied, workspace.store.path(artifact_digest)),
     )
     try:
-        after = write_change(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
+        after = write_change(
+            lineage.working, lineage.locations["subject"].path, change, ready.expected, lineage.recorded
+        )
         return _finish_apply(workspace, ready, patch_id, after)
     except (NeuronLedgerError, OSError) as failure:
         _undo_apply(workspace, patch_id, str(failure))
@@ -96,10 +99,10 @@ def revert_patch(
         WeightsChangedError: the files are not what was recorded.
     """
     with workspace.attempt("patch.revert", "lineage", lineage_name):
-        _check_revert(workspace, lineage_name, sequence)
+        expected = _check_revert(workspace, lineage_name, sequence)
         patch_id, working, subject, change, recorded = _begin_revert(workspace, lineage_name, sequence, reason)
         try:
-            after = write_change(working, subject, change, recorded)
+            after = write_change(working, subject, change, expected, recorded)
         except (NeuronLedgerError, OSError) as failure:
             _settle_revert(workspace, patch_id, failure=str(failure))
             raise
@@ -233,7 +236,7 @@ def _finish_apply(workspace: Workspace, ready: PreparedPatch, patch_id: int, aft
                 "neurons_modified": plan.neurons_modified,
                 "rows_unchanged": patch.rows_unchanged,
                 "parameters_modified": plan.parameters_modified,
-                "files": {file.file: file.sha256 for file in after.files if file.file in after.written},
+                "files": {file.file: file.digest for file in after.files if file.file in after.written},
                 **(ready.origin.payload() if ready.origin else {}),
             },
         )
@@ -259,14 +262,14 @@ def _undo_apply(workspace: Workspace, patch_id: int, failure: str) -> None:
     _require_digest(working, after, digest_before)
 
 
-def _check_revert(workspace: Workspace, lineage_name: str, sequence: int | None) -> None:
+def _check_revert(workspace: Workspace, lineage_name: str, sequence: int | None) -> Mapping[str, str]:
     """Refuse what reverting would refuse, while no lock is held and nothing says that it began."""
     with workspace.registry.read() as session:
         lineage, patch = _revertible(session, lineage_name, sequence)
         require_working_unchanged(lineage)
         working, _, recorded = _paths(lineage)
         change = _change(workspace, session, patch, "old")
-    check_change(working, change, recorded)
+    return check_change(working, change, recorded)
 
 
 def _revertible(session: Session, lineage_name: str, sequence: int | None) -> tuple[Lineage, Patch]:
@@ -350,7 +353,7 @@ def _finish_revert(workspace: Workspace, patch_id: int, after: FilesAfter) -> Pa
                 "digest_after": after.digest,
                 "exact": after.digest == patch.digest_before if _stands_as_before(session, patch, applied) else None,
                 "neurons_released": released,
-                "files": {file.file: file.sha256 for file in after.files if file.file in after.written},
+                "files": {file.file: file.digest for file in after.files if file.file in after.written},
             },
         )
         session.flush()
@@ -411,9 +414,10 @@ def _record_files(session: Session, lineage: Lineage, after: FilesAfter) -> None
     files = queries.lineage_files(session, lineage.id)
     for file in after.files:
         record = files[file.file]
-        record.size, record.modified_ns, record.sha256 = file.size, file.modified_ns, file.sha256
+        record.size, record.modified_ns = file.size, file.modified_ns
+        record.digest, record.digest_algorithm = file.digest, file.digest_algorithm
     tensors = queries.lineage_tensors(session, lineage.id)
     for tensor in after.tensors.values():
         held = tensors[tensor.name]
-        held.shape, held.sha256 = list(tensor.shape), tensor.sha256
+        held.shape, held.digest, held.digest_algorithm = list(tensor.shape), tensor.digest, tensor.digest_algorithm
     lineage.state_digest = after.digest

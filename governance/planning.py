@@ -113,6 +113,10 @@ class PreparedPatch:
     """A plan whose rows are computed and lie in a temporary artifact.
 
     Attributes:
+        plan: what was planned.
+        artifact: the rows.
+        outcomes: what the rows of each touched module came to.
+        expected: what `check_change` returned: the digests that touched tensors will have.
         identify: gives the id of the patch's identification; where there is none yet, records it in the session that
             records the patch.
         origin: where an imported patch comes from.
@@ -121,6 +125,7 @@ class PreparedPatch:
     plan: ChangePlan
     artifact: Path
     outcomes: tuple[ModuleOutcome, ...]
+    expected: Mapping[str, str]
     identify: Callable[[Session], int]
     origin: Origin | None = None
 
@@ -202,7 +207,6 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
     require_space(workspace.store.directory, 2 * plan.bytes)
     require_space(lineage.working, 2 * plan.bytes if lineage.is_adapter else 0)
     with workspace.store.writer() as path:
-        path.unlink()
         editors = {module.module: _editor(plan, module) for module in plan.touched}
         header = _header(plan, editors)
         outcomes = []
@@ -217,8 +221,9 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
                 "free space there, or mend its permissions",
             ) from error
         workspace.progress("computing rows", len(header.modules), len(header.modules))
-        check_change(lineage.working, Change(artifact=path, side="new", applied_after=()), lineage.recorded)
-        yield PreparedPatch(plan, path, tuple(outcomes), identify=lambda _: plan.identification_id)
+        change = Change(artifact=path, side="new", applied_after=())
+        expected = check_change(lineage.working, change, lineage.recorded)
+        yield PreparedPatch(plan, path, tuple(outcomes), expected, identify=lambda _: plan.identification_id)
 
 
 def _require_head(workspace: Workspace, planned: LineageState) -> None:
