@@ -289,8 +289,8 @@ def _publish(
     target, described = directory / ADAPTER_WEIGHTS, directory / ADAPTER_CONFIG
     content = (json.dumps(config, indent=2) + "\n").encode()
     try:
-        with workspace.registry.write() as session, temporary_beside(described) as temporary:
-            create_file(temporary, content)
+        with temporary_beside(described) as temporary, workspace.registry.write() as session:
+            _write_config(temporary, content)
             files = {ADAPTER_WEIGHTS: digest_file(weights), ADAPTER_CONFIG: digest_file(temporary)}
             record_export(workspace, session, provenance, directory, files)
             described.unlink(missing_ok=True)
@@ -301,6 +301,13 @@ def _publish(
             target.unlink(missing_ok=True)
             described.unlink(missing_ok=True)
         raise
+
+
+def _write_config(path: Path, content: bytes) -> None:
+    try:
+        create_file(path, content)
+    except OSError as error:
+        raise SpaceError(f"{path} cannot be written: {error.strerror or error}", "free space there") from error
 
 
 def _require_usable(directory: Path, *, force: bool) -> None:

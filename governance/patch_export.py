@@ -96,7 +96,7 @@ def exportable_patch(workspace: Workspace, session: Session, lineage_name: str, 
     Raises:
         PlanError: it was never applied, or is being written, or changes no row.
         ArtifactError: its artifact is missing or was changed.
-        PatchFileError: the artifact's rows are not those that the registry has of the patch.
+        PatchFileError: its rows or settings are not those that the registry has of it.
     """
     lineage = queries.get_lineage(session, lineage_name)
     patch = queries.get_patch(session, lineage, sequence)
@@ -116,9 +116,11 @@ def exportable_patch(workspace: Workspace, session: Session, lineage_name: str, 
     agree = subject_digest == lineage.subject.state_digest and recorded == {name: len(n) for name, n in rows.items()}
     if agree and patch.state == "applied":
         agree = _claimed(session, patch) == {(name, row) for name, numbers in rows.items() for row in numbers}
-    if not agree:
+    if not agree or patch.settings != patch.identification.settings:
+        what = "rows" if not agree else "settings"
         raise PatchFileError(
-            f"the artifact of patch {sequence} of lineage {lineage_name} does not hold the rows that the registry has",
+            f"the {what} that the registry has of patch {sequence} of lineage {lineage_name} are not those it was "
+            "made with",
             "run neuronledger audit verify",
         )
     return patch

@@ -22,7 +22,7 @@ from governance.patch_file import PatchFile, extract_artifact, open_patch_file
 from governance.patch_records import PatchSummary
 from governance.patching import apply_prepared
 from governance.planning import ChangePlan, ModulePlan, PreparedPatch, artifact_module, require_head, subject_rows
-from governance.provenance import Origin, OriginSummary, Provenance, origin_summary
+from governance.provenance import ModelOrigin, Origin, OriginSummary, Provenance, origin_summary
 from governance.row_figures import ModuleOutcome, RowFigures, stored_bits
 from governance.tensor_file import DTYPES
 from governance.working_checkpoint import require_space
@@ -161,30 +161,31 @@ def _prepared(
 
 
 def _require_subject(workspace: Workspace, lineage: LineageState, exported: PatchFile) -> None:
-    """The subject here is the exported patch's, bit for bit."""
-    told = exported.provenance.subject
-    form = "adapter" if lineage.is_adapter else "checkpoint"
-    where = f"the subject of lineage {lineage.name}, {lineage.locations['subject'].name},"
-    if form != exported.artifact.form:
-        raise MismatchError(
-            f"{where} is of the form {form}, and {exported.path} patches the {told.kind} {told.name}", _ANOTHER_SUBJECT
-        )
-    if lineage.subject_digest == exported.artifact.subject_digest:
-        return
+    """The subject here, and the checkpoint under it if it is an adapter, is the exported patch's, bit for bit."""
+    told: ModelOrigin | None = exported.provenance.subject
     with workspace.registry.read() as session:
-        subject = queries.get_lineage(session, lineage.name).subject
-        own = tuple(sorted({tensor.digest_algorithm for tensor in subject.tensors}))
-    if own != told.digest_algorithms:
-        raise MismatchError(
-            f"the tensors of {lineage.locations['subject'].name} were registered with {' and '.join(own)} digests, "
-            f"those of {told.name} with {' and '.join(told.digest_algorithms)}, which cannot be compared",
-            "register the older of the two models again with this version, and make a lineage of it",
-        )
-    raise MismatchError(
-        f"{where} is another one than {told.name}, which {exported.path} patches: its weights have the digest "
-        f"{lineage.subject_digest[:12]}…, not {exported.artifact.subject_digest[:12]}…",
-        _ANOTHER_SUBJECT,
-    )
+        record = queries.get_lineage(session, lineage.name).subject
+        own: ModelOrigin | None = ModelOrigin.of(record)
+    while own is not None and told is not None:
+        if own.kind != told.kind:
+            raise MismatchError(
+                f"{own.name} of lineage {lineage.name} is of the kind {own.kind}, and {exported.path} patches the "
+                f"{told.kind} {told.name}",
+                _ANOTHER_SUBJECT,
+            )
+        if own.state_digest != told.state_digest and own.digest_algorithms != told.digest_algorithms:
+            raise MismatchError(
+                f"{own.name} was registered with {' and '.join(own.digest_algorithms)} digests of its tensors, "
+                f"{told.name} with {' and '.join(told.digest_algorithms)}, so they cannot be compared",
+                "register the older of the two again with this version, and make a lineage of it",
+            )
+        if own.state_digest != told.state_digest:
+            raise MismatchError(
+                f"{own.name} of lineage {lineage.name} is not {told.name}, which {exported.path} was made for: its "
+                f"weights have the digest {own.state_digest[:12]}…, not {told.state_digest[:12]}…",
+                _ANOTHER_SUBJECT,
+            )
+        own, told = own.under, told.under
 
 
 def _dimension(workspace: Workspace, provenance: Provenance, name: str | None) -> tuple[int, str]:

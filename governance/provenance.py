@@ -37,7 +37,9 @@ class _Record(BaseModel):
 class ModelOrigin(_Record):
     """A model of the lineage: its name there, and the digest of its weights.
 
-    `digest_algorithms` are those of the tensors' digests, which the digest of the weights is made of.
+    Attributes:
+        digest_algorithms: those of the tensors' digests, which the digest of the weights is made of.
+        under: of an adapter, the checkpoint that it is an adapter on; its weights are not in the adapter's digest.
     """
 
     name: Name
@@ -45,6 +47,7 @@ class ModelOrigin(_Record):
     architecture: str
     state_digest: Digest
     digest_algorithms: tuple[str, ...]
+    under: "ModelOrigin | None"
 
     @classmethod
     def of(cls, model: Model) -> Self:
@@ -55,6 +58,7 @@ class ModelOrigin(_Record):
             architecture=model.architecture,
             state_digest=model.state_digest,
             digest_algorithms=tuple(sorted({tensor.digest_algorithm for tensor in model.tensors})),
+            under=cls.of(model.base_model) if model.base_model else None,
         )
 
 
