@@ -710,18 +710,19 @@ def test_an_invented_origin_is_named(scenario: Scenario, exported: Path) -> None
     assert len(verify(scenario.workspace).findings) == 1
 
 
-@pytest.mark.parametrize("first", ["imported", "own"])
-def test_the_report_shows_imported_patches(target: Scenario, exported: Path, tmp_path: Path, first: str) -> None:
-    acts = [lambda: import_patch(target.workspace, "line", exported), lambda: target.apply("weapons", budget=0.9)]
-    try:
-        for act in acts if first == "imported" else [acts[0]]:
-            act()
-    finally:
-        page = write_report(target.workspace, "line", tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "imported from" in page
+@pytest.mark.parametrize("own", [False, True])
+def test_the_report_shows_imported_patches(target: Scenario, exported: Path, tmp_path: Path, own: bool) -> None:
+    """Alone, and before an identification that was made here and has layer gaps."""
+    import_patch(target.workspace, "line", exported)
+    if own:
+        target.identify("weapons", preset="fgsn-paper")
+    page = write_report(target.workspace, "line", tmp_path / "report.html").read_text(encoding="utf-8")
     assert "patch 1 of lineage line (animals): applied there by tester" in page
     assert "made on</dt><dd>elsewhere, the unpatched subject there" in page
     assert "those of the place it was made" in page
+    assert "animals, patch 1: no layer gaps were recorded" in page
+    layers = '<th scope="col">identified for</th><th scope="col" class="n">0</th><th scope="col" class="n">1</th>'
+    assert (layers in page) is own
 
 
 def test_provenance_reads_back_what_it_writes(exported: Path) -> None:
