@@ -12,7 +12,7 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from governance.errors import InputError, PatchFileError, PlanError, SpaceError
-from governance.patch_artifact import open_artifact
+from governance.patch_artifact import PatchArtifact, open_artifact
 from governance.patch_file import write_patch_file
 from governance.provenance import Provenance
 from governance.working_checkpoint import require_space
@@ -110,12 +110,11 @@ def exportable_patch(workspace: Workspace, session: Session, lineage_name: str, 
             f"patch {sequence} of lineage {lineage_name} changes no row", "export the patches that protect its neurons"
         )
     with open_artifact(workspace.store.verify(patch.artifact_digest or "")) as artifact:
-        rows = {module.name: artifact.rows(module.name).tolist() for module in artifact.modules}
-        subject_digest = artifact.header.subject_digest
-    recorded = {held.module.name: held.rows for held in patch.modules}
-    agree = subject_digest == lineage.subject.state_digest and recorded == {name: len(n) for name, n in rows.items()}
-    if agree and patch.state == "applied":
-        agree = _claimed(session, patch) == {(name, row) for name, numbers in rows.items() for row in numbers}
+        recorded = {held.module.name: held.rows for held in patch.modules}
+        agree = recorded == {module.name: module.rows for module in artifact.modules}
+        agree = agree and artifact.header.subject_digest == lineage.subject.state_digest
+        if patch.state == "applied":
+            agree = agree and _is_claimed(session, patch, artifact)
     if not agree or patch.settings != patch.identification.settings:
         what = "rows" if not agree else "settings"
         raise PatchFileError(
@@ -184,11 +183,14 @@ def publish(temporary: Path, target: Path) -> None:
         ) from error
 
 
-def _claimed(session: Session, patch: Patch) -> set[tuple[str, int]]:
+def _is_claimed(session: Session, patch: Patch, artifact: PatchArtifact) -> bool:
+    """Whether the patch protects the rows of its artifact, and no others."""
     names = {number: name for name, number in queries.module_ids(session, patch.lineage.subject_id).items()}
-    return {
-        (names[module], neuron)
-        for module, neurons in claims.protected(session, patch.lineage_id).items()
-        for neuron, holder in neurons.items()
-        if holder == patch.id
+    held = {
+        names[claim.module_id]: claim.neurons
+        for claim in claims.claims(session, patch.lineage_id)
+        if claim.patch_id == patch.id
     }
+    return held.keys() == {module.name for module in artifact.modules} and all(
+        held[module.name].tolist() == artifact.rows(module.name).tolist() for module in artifact.modules
+    )

@@ -20,13 +20,13 @@ from governance.lineage_state import LineageState, read_lineage
 from governance.patch_artifact import ArtifactModule, PatchArtifact, open_artifact
 from governance.patch_file import PatchFile, extract_artifact, open_patch_file
 from governance.patch_records import PatchSummary
-from governance.patching import apply_prepared
+from governance.patching import write_patch
 from governance.planning import ChangePlan, ModulePlan, PreparedPatch, artifact_module, require_head, subject_rows
 from governance.provenance import ModelOrigin, Origin, OriginSummary, Provenance, origin_summary
 from governance.row_figures import ModuleOutcome, RowFigures, stored_bits
 from governance.tensor_file import DTYPES
 from governance.working_checkpoint import require_space
-from governance.working_files import Change, check_change
+from governance.working_files import Change, LineageFiles, check_change
 from governance.workspace import Workspace
 from registry import claims, queries
 from registry.bulk import insert_rows
@@ -87,7 +87,7 @@ def import_patch(
         workspace.attempt("patch.import", "lineage", lineage_name),
         _prepared(workspace, lineage_name, file, dimension, sha256) as ready,
     ):
-        return apply_prepared(workspace, ready, reason)
+        return write_patch(workspace, ready, reason)
 
 
 def dry_run_import(
@@ -152,7 +152,9 @@ def _prepared(
             neurons_protected=0,
         )
         change = Change(artifact=path, side="new", applied_after=())
-        expected = check_change(lineage.working, change, lineage.recorded)
+        expected = check_change(
+            LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
+        )
         with workspace.registry.read() as session:
             require_head(queries.get_lineage(session, lineage_name), lineage)
         origin = Origin(exported.provenance, file_sha256)
@@ -225,10 +227,9 @@ def _module_plan(
     out_features = lineage.subject.modules[module.name].out_features
     if not len(rows) or bool((rows.diff() <= 0).any()) or not 0 <= int(rows[0]) <= int(rows[-1]) < out_features:
         raise PatchFileError(f"the rows of {module.name} are not ascending rows of its {out_features}", _EXPORT_AGAIN)
-    held = lineage.protected_by.get(module.name, {})
-    taken = next((row for row in rows.tolist() if row in held), None)
-    if taken is not None:
-        raise _protected(workspace, lineage, module.name, taken)
+    taken = rows[torch.isin(rows, lineage.protected.get(module.name, rows[:0]))]
+    if len(taken):
+        raise _protected(workspace, lineage, module.name, int(taken[0]))
     return ModulePlan(
         module=module.name,
         module_id=lineage.module_ids[module.name],

@@ -14,13 +14,13 @@ from typing import Any
 from sqlalchemy.orm import Session
 from torch import Tensor
 
-from algorithms.fgsn import Identification, ModuleIdentification
+from algorithms.identifications import StoredIdentification
 from algorithms.operations import RowEditor
 from algorithms.selection import new_rows
 from algorithms.settings import FgsnSettings
 from algorithms.weights import AdapterWeights
 from governance.errors import PlanError, SpaceError
-from governance.identification import load_identification
+from governance.identification import stored_identification
 from governance.lineage_state import LineageState, read_lineage
 from governance.patch_artifact import ArtifactHeader, ArtifactModule, ArtifactWriter
 from governance.provenance import Origin
@@ -28,7 +28,7 @@ from governance.row_figures import ModuleOutcome, RowFigures
 from governance.tensor_file import DTYPES
 from governance.weight_state import checkpoint_of
 from governance.working_checkpoint import require_space
-from governance.working_files import Change, check_change
+from governance.working_files import Change, LineageFiles, check_change
 from governance.workspace import Workspace
 from registry import queries
 from registry.errors import RecordNotFoundError, RegistryBusyError
@@ -103,7 +103,7 @@ class PatchPlan(ChangePlan):
     """A patch whose rows are to be computed from an identification."""
 
     identification_id: int
-    identification: Identification
+    identification: StoredIdentification
     settings: FgsnSettings
     protected_by: Mapping[str, int]
 
@@ -166,14 +166,12 @@ def _plan(workspace: Workspace, lineage_name: str, identification_id: int) -> Pa
         dimension_id, dimension_name, digest = dimension.id, dimension.name, record.settings_digest
     if artifact is None:
         raise PlanError(f"identification {identification_id} has no artifact", "identify again")
-    found = load_identification(workspace, artifact, summary)
-    modules = tuple(_module_plan(lineage, module) for module in found.modules)
-    holders = Counter(
-        lineage.patch_dimensions[lineage.protected_by[module.module][row]]
-        for module in found.modules
-        for row in module.selected.tolist()
-        if row in lineage.protected_by.get(module.module, {})
-    )
+    found = stored_identification(workspace, artifact, summary)
+    modules = tuple(_module_plan(lineage, module, found.selected(module)) for module in found.modules)
+    holders: Counter[str] = Counter()
+    for module in found.modules:
+        for patch_id, count in lineage.holding(module, found.selected(module)).items():
+            holders[lineage.patch_dimensions[patch_id]] += count
     return PatchPlan(
         lineage=lineage,
         dimension=dimension_name,
@@ -207,14 +205,14 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
     require_space(workspace.store.directory, 2 * plan.bytes)
     require_space(lineage.working, 2 * plan.bytes if lineage.is_adapter else 0)
     with workspace.store.writer() as path:
-        editors = {module.module: _editor(plan, module) for module in plan.touched}
-        header = _header(plan, editors)
+        planned = {module.module: module for module in plan.touched}
+        header = _header(plan)
         outcomes = []
         try:
             with ArtifactWriter(path, header) as writer:
                 for done, module in enumerate(header.modules):
                     workspace.progress("computing rows", done, len(header.modules))
-                    outcomes.append(_write_module(writer, lineage, module, editors[module.name]))
+                    outcomes.append(_write_module(writer, lineage, module, _editor(plan, planned[module.name])))
         except OSError as error:
             raise SpaceError(
                 f"the patch artifact in {workspace.store.directory} cannot be written ({error.strerror or error})",
@@ -222,7 +220,8 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
             ) from error
         workspace.progress("computing rows", len(header.modules), len(header.modules))
         change = Change(artifact=path, side="new", applied_after=())
-        expected = check_change(lineage.working, change, lineage.recorded)
+        files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
+        expected = check_change(files)
         yield PreparedPatch(plan, path, tuple(outcomes), expected, identify=lambda _: plan.identification_id)
 
 
@@ -243,18 +242,18 @@ def require_head(lineage: Lineage, planned: LineageState) -> None:
         )
 
 
-def _module_plan(lineage: LineageState, found: ModuleIdentification) -> ModulePlan:
-    rows = new_rows(found.selected, lineage.protected.get(found.module))
-    module = lineage.subject.modules[found.module]
-    stored = _stored_tensor(lineage, found.module)
+def _module_plan(lineage: LineageState, name: str, selected: Tensor) -> ModulePlan:
+    rows = new_rows(selected, lineage.protected.get(name))
+    module = lineage.subject.modules[name]
+    stored = _stored_tensor(lineage, name)
     width = module.in_features if stored is None else stored.shape[1]
     item = DTYPES[stored.dtype].itemsize if stored is not None else _item_size(lineage, module.tensor)
     return ModulePlan(
-        module=found.module,
-        module_id=lineage.module_ids[found.module],
+        module=name,
+        module_id=lineage.module_ids[name],
         rows=rows,
-        selected=len(found.selected),
-        protected=len(found.selected) - len(rows),
+        selected=len(selected),
+        protected=len(selected) - len(rows),
         parameters=len(rows) * module.in_features,
         bytes=len(rows) * width * item,
     )
@@ -274,7 +273,6 @@ def _stored_tensor(lineage: LineageState, module: str) -> Any:
 
 def _editor(plan: PatchPlan, module: ModulePlan) -> RowEditor:
     lineage = plan.lineage
-    found = next(found for found in plan.identification.modules if found.module == module.module)
     # Rows that nobody claims are the subject's own at every head, so rows are always computed from the subject.
     return RowEditor(
         lineage.subject,
@@ -283,15 +281,15 @@ def _editor(plan: PatchPlan, module: ModulePlan) -> RowEditor:
         module.module,
         module.rows,
         plan.settings,
-        found.statistics,
+        plan.identification.statistics(module.module),
     )
 
 
-def _header(plan: PatchPlan, editors: Mapping[str, RowEditor]) -> ArtifactHeader:
+def _header(plan: PatchPlan) -> ArtifactHeader:
     lineage = plan.lineage
     modules = []
     for planned in plan.touched:
-        extension = editors[planned.module].extension
+        extension = _editor(plan, planned).extension if lineage.is_adapter else None
         gained = 0 if extension is None else extension.shape[0]
         modules.append(artifact_module(lineage, planned.module, len(planned.rows), gained))
     return ArtifactHeader(

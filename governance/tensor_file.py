@@ -6,7 +6,7 @@ JSON header and the bytes, so shapes that are known beforehand are enough to wri
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from algorithms.safetensors_files import read_header, read_range
 from registry.files import write_at
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
@@ -52,6 +53,43 @@ class TensorSpec:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's elements, row-major and little-endian, as they stand in a safetensors file."""
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for; nothing of the file stays in memory.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its header is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        header = read_header(path)
+        self.metadata: Mapping[str, str] = header.metadata or {}
+        self.stored = header.tensors
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Read a tensor, or the indices `first..last` of its first dimension.
+
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointError: the file cannot be read, or ends early.
+        """
+        stored = self.stored[name]
+        last = stored.shape[0] if last is None else last
+        content = torch.empty((last - first) * stored.row_bytes, dtype=torch.uint8)
+        begin = stored.begin + first * stored.row_bytes
+        read_range(self.path, begin, content.numpy().data)
+        return content.view(DTYPES[stored.dtype]).view(last - first, *stored.shape[1:])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
 
 
 def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:

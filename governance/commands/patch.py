@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from governance.commands.options import json_option, list_options, reason_option, workspace_options
+from governance.commands.options import (
+    json_option,
+    list_options,
+    reason_option,
+    workspace_options,
+    writing_workspace_options,
+)
 from governance.commands.patch_exchange import export, import_
 from governance.commands.settings import chosen_settings, settings_options
 
@@ -30,7 +36,7 @@ patch.add_command(import_)
 @settings_options
 @click.option("--dry-run", is_flag=True, help="Accepted for symmetry: a plan never writes to the working checkpoint.")
 @json_option
-@workspace_options
+@writing_workspace_options
 def plan(
     workspace: "Workspace",
     lineage: str,
@@ -64,7 +70,7 @@ def plan(
 @click.option("--dry-run", is_flag=True, help="Plan only: show what would change and refuse what would be refused.")
 @reason_option
 @json_option
-@workspace_options
+@writing_workspace_options
 def apply(
     workspace: "Workspace",
     lineage: str,
@@ -189,7 +195,7 @@ def show(workspace: "Workspace", lineage: str, number: int, as_json: bool) -> No
 @click.argument("number", type=int, required=False)
 @reason_option
 @json_option
-@workspace_options
+@writing_workspace_options
 def revert(workspace: "Workspace", lineage: str, number: int | None, reason: str, as_json: bool) -> None:
     """Take a patch of LINEAGE back exactly and release its neurons: the head, or patch NUMBER.
 

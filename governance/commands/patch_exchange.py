@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from governance.commands.options import json_option, reason_option, workspace_options
+from governance.commands.options import json_option, reason_option, workspace_options, writing_workspace_options
 
 if TYPE_CHECKING:
     from governance.adapter_export import AdapterExportSummary
@@ -57,7 +57,7 @@ def export(
 @click.option("--dry-run", is_flag=True, help="Check only: show what would change and refuse what would be refused.")
 @reason_option
 @json_option
-@workspace_options
+@writing_workspace_options
 def import_(
     workspace: "Workspace",
     lineage: str,

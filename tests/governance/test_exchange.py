@@ -30,8 +30,9 @@ from governance.patch_export import ExportSummary, export_patch
 from governance.patch_file import PROVENANCE, PROVENANCE_DIGEST, open_patch_file
 from governance.patch_import import dry_run_import, import_patch
 from governance.patch_records import show_patch
-from governance.patching import apply_patch, recover
+from governance.patching import apply_patch
 from governance.provenance import Provenance
+from governance.recovery import recover
 from governance.reporting import write_report
 from governance.tensor_file import TensorFileWriter, TensorSpec, header_bytes
 from governance.workspace import Workspace
