@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from algorithms.differences import squared_norm
+
 
 @dataclass(frozen=True)
 class ModuleOutcome:
@@ -38,9 +40,9 @@ class RowFigures:
         wide = widened(old, new.shape[1])
         self._rows += len(new)
         self._unchanged += int((stored_bits(wide) == stored_bits(new)).all(dim=1).sum())
-        self._change += _square_norm(new.float() - wide.float())
-        self._before += _square_norm(old)
-        self._after += _square_norm(new)
+        self._change += squared_norm(new.float() - wide.float())
+        self._before += squared_norm(old)
+        self._after += squared_norm(new)
 
     def outcome(self) -> ModuleOutcome:
         """Return the figures of all rows so far."""
@@ -57,10 +59,6 @@ class RowFigures:
 def widened(rows: Tensor, width: int) -> Tensor:
     """Return rows (n, w) with zeros up to a width: what they are once lora_A has gained rows."""
     return torch.cat([rows, rows.new_zeros(len(rows), width - rows.shape[1])], dim=1)
-
-
-def _square_norm(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def stored_bits(values: Tensor) -> Tensor:

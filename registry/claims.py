@@ -43,7 +43,7 @@ def claim(session: Session, lineage_id: int, patch_id: int, rows: Mapping[int, I
         NeuronProtectedError: one of them is protected already; nothing is claimed.
         ClaimError: the patch is of another lineage, or a module or neuron is not of the lineage's subject.
     """
-    wanted = {module_id: sorted(set(neurons)) for module_id, neurons in rows.items()}
+    wanted = {module_id: array("q", sorted(set(neurons))) for module_id, neurons in rows.items()}
     session.flush()
     if session.scalar(select(Patch.lineage_id).where(Patch.id == patch_id)) != lineage_id:
         raise ClaimError(
