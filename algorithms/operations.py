@@ -23,7 +23,7 @@ from torch import Tensor
 
 from algorithms.architectures import LinearModule
 from algorithms.coordinates import LoraCoordinates, row_coordinates
-from algorithms.differences import BLOCK_BYTES, Difference, require_finite_values
+from algorithms.differences import BLOCK_BYTES, STREAM_BYTES, Difference, require_finite_values
 from algorithms.errors import MismatchError, SettingsError
 from algorithms.projection import ProjectedMatrix, SafetyProjection
 from algorithms.selection import entry_threshold
@@ -135,9 +135,13 @@ class RowEditor:
             require_finite_values(values, self.module.name, "The computed edit")
             yield RowEdit(index, values, self.extension)
 
+    @property
+    def _projects(self) -> bool:
+        return self._settings.operation in {"project", "complement"} and self._settings.strength > 0
+
     def _projection(self) -> ProjectedMatrix | None:
         settings = self._settings
-        if settings.operation not in {"project", "complement"} or settings.strength == 0:
+        if not self._projects:
             return None
         V = Difference(self._aligned, self._base, self.module.name)
         C = SafetyProjection(V, settings.normalization, settings.energy)
@@ -145,7 +149,9 @@ class RowEditor:
         return C.of(source, self._coordinates.width)
 
     def _blocks(self) -> Iterator[Tensor]:
-        height = max(1, BLOCK_BYTES // (4 * self.module.in_features))
+        # V is read again for every block of projected rows; other operations gain nothing from large blocks.
+        size = BLOCK_BYTES if self._projects else STREAM_BYTES
+        height = max(1, size // (4 * self.module.in_features))
         for start in range(0, max(1, len(self.row_index)), height):
             yield self.row_index[start : start + height]
 
@@ -171,14 +177,15 @@ class RowEditor:
             return _plus(t, -c * projected)
         a = self._coordinates.aligned_rows(index)
         kept = a if c == 1 else _plus(t, -c * (t - a))
-        return kept.clone() if projected is None else _plus(kept, c * projected)
+        return kept if projected is None else _plus(kept, projected if c == 1 else c * projected)
 
     def _without_directions(self, t: Tensor, index: Tensor) -> Tensor:
         """subspace: U_i loses what it does to the directions Q."""
         Q = self._directions
         if Q is None:
             return t
-        removed = -self._settings.strength * (self._coordinates.update_rows(index) @ self._coordinates.onto(Q))
+        update = t - self._coordinates.aligned_rows(index)
+        removed = -self._settings.strength * (update @ self._coordinates.onto(Q))
         if isinstance(self._coordinates, LoraCoordinates):
             return torch.cat([t[:, : self._coordinates.own_width], removed], dim=1)
         return _plus(t, removed @ Q.T)
@@ -236,7 +243,8 @@ def _require_low_rank(settings: FgsnSettings) -> None:
 
 def _plus(values: Tensor, change: Tensor) -> Tensor:
     """values + change; where the change is zero, `values` bit for bit (−0.0 + 0.0 would lose its sign)."""
-    return torch.where(change == 0, values, values + change)
+    total = values + change
+    return torch.where(change == 0, values, total, out=total)
 
 
 def _checked_rows(rows: Tensor, module: LinearModule) -> Tensor:

@@ -93,10 +93,7 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """Return the length and the header of a safetensors file: all of it that comes before the tensors' bytes.
-
-    The same specs and metadata always give the same bytes.
-    """
+    """Return what stands before the first tensor of a safetensors file whose tensors lie in this order."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for spec in specs:
@@ -121,17 +118,17 @@ class TensorFileWriter:
     """
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
-        head = header_bytes(specs, metadata)
         self._offsets: dict[str, tuple[int, TensorSpec]] = {}
         position = 0
         for spec in specs:
             self._offsets[spec.name] = (position, spec)
             position += spec.bytes
-        self._begin = len(head)
+        prefix = header_bytes(specs, metadata)
+        self._begin = len(prefix)
         self._length = self._begin + position
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            write_at(self._descriptor, head, 0)
+            write_at(self._descriptor, prefix, 0)
             os.ftruncate(self._descriptor, self._length)
         except OSError:
             os.close(self._descriptor)

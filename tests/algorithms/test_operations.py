@@ -291,7 +291,7 @@ def test_blocks_of_rows_give_what_all_rows_give(monkeypatch: pytest.MonkeyPatch)
     whole = [edit_rows(subject, aligned, base, "m", rows, chosen, statistics).values for chosen in variants]
     for part in (differences, operations):
         monkeypatch.setattr(part, "BLOCK_BYTES", 4 * 6 * 7)
-    for part in (differences, projection):
+    for part in (differences, operations, projection):
         monkeypatch.setattr(part, "STREAM_BYTES", 4 * 6 * 7)
     for chosen, expected in zip(variants, whole, strict=True):
         edits = list(RowEditor(subject, aligned, base, "m", rows, chosen, statistics).edits())

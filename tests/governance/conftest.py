@@ -13,6 +13,7 @@ from governance.workspace import Workspace
 from registry.database import Registry
 from tests.databases import SQLiteDatabases
 from tests.governance.exchange import export_to
+from tests.governance.patched_lineages import FORMS, PatchedLineage, patched_lineage
 from tests.governance.scenarios import Scenario, Trio, register_dimensions, register_trio, write_prompts
 from tests.tiny_models import save_adapter, save_model, save_variant
 
@@ -142,3 +143,14 @@ def exported(scenario: Scenario, tmp_path: Path) -> Path:
 def target(scenarios: Scenarios, trios: Trios) -> Scenario:
     """Another registry, with a lineage of the same subject."""
     return scenarios(trios())
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def patched_forms(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, registered: Callable[[Trio], Path]
+) -> Iterator[PatchedLineage]:
+    """A patched lineage of every form of subject, to be read; what is damaged has to be restored."""
+    form = FORMS[request.param]
+    trio = request.getfixturevalue("adapter_trios" if "on_aligned" in form else "trios")(**form)
+    with patched_lineage(tmp_path_factory.mktemp("patched"), registered, trio) as patched:
+        yield patched

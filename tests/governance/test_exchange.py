@@ -14,12 +14,14 @@ from sqlalchemy import text
 
 from cli import main
 from governance.auditing import verify
+from governance.explanation import explain
 from governance.lineages import create_lineage
 from governance.patch_artifact import FORMAT as ARTIFACT
 from governance.patch_file import PROVENANCE, PROVENANCE_DIGEST, open_patch_file
 from governance.patch_import import dry_run_import, import_patch
 from governance.patch_records import show_patch
 from governance.provenance import Provenance
+from governance.replay import replay
 from governance.reporting import write_report
 from governance.workspace import Workspace
 from registry import queries
@@ -82,6 +84,8 @@ def test_a_patch_arrives_in_another_registry_with_the_very_same_bytes(
     assert target.claims() == source.claims()
     assert show_patch(target.workspace, "line", 1)[1] == show_patch(workspace, "line", 1)[1]
     target.require_sound()
+    assert explain(target.workspace, "line").explained
+    assert replay(target.workspace, "line").agrees
 
     again = export_to(target, tmp_path / "again.patch")
     assert open_patch_file(again).provenance.artifact == applied.artifact
