@@ -1,20 +1,56 @@
-"""Streaming SHA-256 digests of files, of the tensors inside them, of a model's weights and of its tokenizer."""
+"""Streaming digests of files, of the tensors inside them, of a model's weights and of its tokenizer.
+
+A whole file has a SHA-256, which the Hugging Face hub and `sha256sum` give too. A tensor has a BLAKE3 digest: tensors
+are hashed again at every patch, and BLAKE3 reads about four times as fast on one core. Every record of a digest names
+its algorithm, and a digest is always compared in the algorithm that it was recorded in.
+"""
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+from blake3 import blake3
 
 from algorithms.errors import CheckpointError
-from algorithms.safetensors_files import StoredTensor
+from algorithms.safetensors_files import StoredTensor, read_exactly
 from algorithms.tokenizer_content import TokenizerContent
 
 CHUNK_BYTES = 8 * 1024 * 1024
+SHA256 = "sha256"
+BLAKE3 = "blake3"
+TENSOR_ALGORITHM = BLAKE3
+"""In which algorithm tensors are hashed where no record asks for another."""
+
+HASHING_THREADS = min(8, os.cpu_count() or 1)
 
 Progress = Callable[[int], None]
 """Called with the number of bytes read since the last call."""
+
+
+class Hash(Protocol):
+    """A running digest."""
+
+    def update(self, data: memoryview | bytes, /) -> object: ...
+    def hexdigest(self) -> str: ...
+
+
+def new_hash(algorithm: str) -> Hash:
+    """Begin a digest.
+
+    Raises:
+        CheckpointError: an algorithm that this version does not know.
+    """
+    if algorithm == BLAKE3:
+        running: Hash = blake3()
+        return running
+    if algorithm == SHA256:
+        return hashlib.sha256()
+    raise CheckpointError(f"the digest algorithm {algorithm!r} is not known", "Upgrade neuronledger")
 
 
 @dataclass(frozen=True)
@@ -25,7 +61,7 @@ class FileDigest:
         file: file name.
         size: size in bytes.
         sha256: SHA-256 of the whole file, in hexadecimal.
-        tensors: SHA-256 of the bytes of each tensor, in hexadecimal, by tensor name.
+        tensors: digest of the bytes of each tensor in `TENSOR_ALGORITHM`, in hexadecimal, by tensor name.
     """
 
     file: str
@@ -47,9 +83,9 @@ def digest_weight_file(path: Path, tensors: Iterable[StoredTensor], progress: Pr
     """
     ordered = sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end))
     whole = hashlib.sha256()
-    digests = {tensor.name: hashlib.sha256() for tensor in ordered}
+    digests = {tensor.name: new_hash(TENSOR_ALGORITHM) for tensor in ordered}
     position, first = 0, 0
-    # SHA-256 releases the interpreter lock, so the digest of the file runs beside those of the tensors.
+    # Hashing releases the interpreter lock, so the digest of the file runs beside those of the tensors.
     with ThreadPoolExecutor(max_workers=1) as pool:
         for chunk in _chunks(path):
             pending = pool.submit(whole.update, chunk)
@@ -83,17 +119,84 @@ def digest_file(path: Path) -> str:
     return digest_weight_file(path, ()).sha256
 
 
+def digest_tensors(directory: Path, tensors: Iterable[tuple[StoredTensor, str]]) -> dict[str, str]:
+    """Digest tensors of a model's files, several at a time; nothing else of the files is read.
+
+    Args:
+        directory: where the files lie.
+        tensors: tensors, each with the algorithm of its digest.
+
+    Returns:
+        Tensor name -> digest in hexadecimal.
+
+    Raises:
+        CheckpointError: a file cannot be read, or ends early.
+    """
+    wanted = list(tensors)
+    with ThreadPoolExecutor(max_workers=HASHING_THREADS) as pool:
+        found = pool.map(lambda pair: _digest_range(directory, *pair), wanted)
+        return {tensor.name: digest for (tensor, _), digest in zip(wanted, found, strict=True)}
+
+
+def _digest_range(directory: Path, tensor: StoredTensor, algorithm: str) -> str:
+    running = new_hash(algorithm)
+    for piece in read_pieces(directory / tensor.file, tensor.begin, tensor.end):
+        running.update(piece)
+    return running.hexdigest()
+
+
+def read_pieces(path: Path, begin: int, end: int, piece_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
+    """The bytes `begin` to `end` of a file in pieces. Each is writable, and valid only until the next is asked for.
+
+    Raises:
+        CheckpointError: the file cannot be read, or ends early.
+    """
+    buffer = memoryview(bytearray(min(piece_bytes, max(1, end - begin))))
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            while begin < end:
+                piece = buffer[: min(len(buffer), end - begin)]
+                read_exactly(file, piece, path)
+                begin += len(piece)
+                yield piece
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}", "Check that it exists and may be read"
+        ) from error
+
+
 def state_digest(tensors: Mapping[str, tuple[str, tuple[int, ...], str]]) -> str:
     """One digest of a model's weights, independent of order and of how they are split over files.
 
     Args:
-        tensors: tensor name -> (dtype, shape, SHA-256 of its bytes).
+        tensors: tensor name -> (dtype, shape, digest of its bytes as `named_digest` writes it).
 
     Returns:
-        SHA-256 of the canonical JSON `[[name, dtype, shape, sha256], …]`, sorted by name, in hexadecimal.
+        SHA-256 of the canonical JSON `[[name, dtype, shape, digest], …]`, sorted by name, in hexadecimal.
     """
     rows = [[name, dtype, list(shape), digest] for name, (dtype, shape, digest) in sorted(tensors.items())]
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def tree_digest(header: str, tensors: Iterable[tuple[str, str]]) -> str:
+    """One digest of a safetensors file from those of its parts, so that only parts that changed are hashed again.
+
+    Args:
+        header: SHA-256 of the bytes before the first tensor.
+        tensors: (name, digest as `named_digest` writes it) in any order. The header says where each lies, and the
+            format leaves no byte outside of them.
+
+    Returns:
+        SHA-256 of the canonical JSON `[header, [name, digest], …]`, sorted by name, in hexadecimal.
+    """
+    parts = [header, *([name, digest] for name, digest in sorted(tensors))]
+    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def named_digest(digest: str, algorithm: str) -> str:
+    """A digest with its algorithm before it; a SHA-256 stands alone, as it did before there were others."""
+    return digest if algorithm == SHA256 else f"{algorithm}:{digest}"
 
 
 def tokenizer_digest(path: Path) -> str:

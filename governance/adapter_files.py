@@ -9,7 +9,6 @@ left it is the subject, byte for byte. An adapter is small: its file is written 
 import itertools
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from algorithms.checkpoints import read_stored
 from algorithms.safetensors_files import read_header
 from governance.patch_artifact import PatchArtifact
 from governance.tensor_file import TensorFileWriter, TensorSpec
+from registry.files import replace_file, sync_directory
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def write_adapter(composed: ComposedAdapter, subject: Adapter, working: Path) ->
             writer.put(name, tensor)
     temporary.chmod((working / weights).stat().st_mode if (working / weights).exists() else 0o644)
     temporary.replace(working / weights)
+    sync_directory(working)
     _replace(working / ADAPTER_CONFIG, config_bytes(composed, subject))
 
 
@@ -173,16 +174,4 @@ def _rank_and_alpha(lora: LoraModule, least: int, *, rslora: bool) -> tuple[int,
 
 
 def _replace(path: Path, content: bytes) -> None:
-    temporary = _temporary(path)
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists():
-        temporary.chmod(path.stat().st_mode)
-    temporary.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    replace_file(path, content, _temporary(path))

@@ -199,7 +199,7 @@ def _check_registration(model: Model, events: list[ledger.Event]) -> Iterator[Fi
         "state_digest": model.state_digest,
         "path": model.path,
         "role": model.role,
-        "files": {file.file: file.sha256 for file in model.files},
+        "files": {file.file: file.digest for file in model.files},
     }
     if not told:
         yield Finding("records", f"model {model.name}", "the ledger does not tell of its registration")
@@ -268,11 +268,11 @@ def _compare_patch(lineage: Lineage, patch: Patch, payload: dict[str, Any]) -> I
 
 def _check_working(lineage: Lineage, checked: dict[str, int], *, weights: bool) -> Iterator[Finding]:
     working = Path(lineage.working_path)
-    for problem in changed_files(working, lineage.files, always_hash=weights):
+    recorded: Recorded = recorded_state(lineage)
+    for problem in changed_files(working, lineage.files, always_hash=weights, algorithms=recorded.algorithms):
         yield Finding("weights", f"lineage {lineage.name}", problem)
     if not weights:
         return
-    recorded: Recorded = recorded_state(lineage)
     try:
         measured = measure_working(working, recorded)
     except (NeuronLedgerError, OSError) as error:
@@ -280,7 +280,7 @@ def _check_working(lineage: Lineage, checked: dict[str, int], *, weights: bool) 
         return
     for name, tensor in recorded.tensors.items():
         found = measured.tensors.get(name)
-        if found is None or found.sha256 != tensor.sha256:
+        if found is None or found.digest != tensor.digest:
             yield Finding("weights", f"lineage {lineage.name}", f"tensor {name} is not what was recorded")
     if measured.digest != lineage.state_digest:
         yield Finding("weights", f"lineage {lineage.name}", "its weights do not have the digest of its head")

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from algorithms.adapters import is_adapter
 from algorithms.weights import AdapterWeights, CheckpointWeights, open_weights
 from governance.errors import InputError, PromptSetError
+from governance.hashing import HashJournal
 from governance.prompt_sets import (
     PromptSet,
     PromptSource,
@@ -95,7 +96,8 @@ def register_model(workspace: Workspace, name: str, path: Path, role: Role, base
                 require_unchanged(base_record)
         weights = open_weights(directory, base_path)
         require_finite_weights(weights)
-        state = measure_state(weights, workspace.progress)
+        journal = HashJournal.of(workspace.directory, directory)
+        state = measure_state(weights, workspace.progress, journal)
         record = _model_record(name, role, directory, base_id, weights, state)
         record.actor = workspace.actor
         record.created_at = workspace.clock()
@@ -115,11 +117,13 @@ def register_model(workspace: Workspace, name: str, path: Path, role: Role, base
                     "architecture": record.architecture,
                     "parameters": record.parameters,
                     "state_digest": record.state_digest,
-                    "files": {file.file: file.sha256 for file in record.files},
+                    "files": {file.file: file.digest for file in record.files},
                 },
             )
             session.flush()
-            return _model_summary(record, base)
+            summary = _model_summary(record, base)
+        journal.discard()
+        return summary
 
 
 def list_models(workspace: Workspace) -> list[ModelSummary]:
@@ -266,11 +270,24 @@ def _model_record(
         state_digest=state.digest,
         tokenizer_digest=state.tokenizer_digest,
         files=[
-            ModelFile(file=file.file, size=file.size, modified_ns=file.modified_ns, sha256=file.sha256)
+            ModelFile(
+                file=file.file,
+                size=file.size,
+                modified_ns=file.modified_ns,
+                digest=file.digest,
+                digest_algorithm=file.digest_algorithm,
+            )
             for file in state.files
         ],
         tensors=[
-            ModelTensor(name=t.name, shape=list(t.shape), dtype=t.dtype, file=t.file, sha256=t.sha256)
+            ModelTensor(
+                name=t.name,
+                shape=list(t.shape),
+                dtype=t.dtype,
+                file=t.file,
+                digest=t.digest,
+                digest_algorithm=t.digest_algorithm,
+            )
             for t in state.tensors
         ],
         modules=[

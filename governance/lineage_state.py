@@ -33,6 +33,11 @@ class Recorded:
     files: tuple[FileState, ...]
     tensors: Mapping[str, TensorState]
 
+    @property
+    def algorithms(self) -> dict[str, str]:
+        """Tensor name → the algorithm of its digest."""
+        return {name: tensor.digest_algorithm for name, tensor in self.tensors.items()}
+
 
 @dataclass(frozen=True)
 class LineageState:
@@ -121,9 +126,19 @@ def read_lineage(workspace: Workspace, name: str) -> LineageState:
 def recorded_state(lineage: Lineage) -> Recorded:
     """Return what the registry holds of a lineage's working checkpoint."""
     return Recorded(
-        files=tuple(FileState(file.file, file.size, file.modified_ns, file.sha256) for file in lineage.files),
+        files=tuple(
+            FileState(file.file, file.size, file.modified_ns, file.digest, file.digest_algorithm)
+            for file in lineage.files
+        ),
         tensors={
-            tensor.name: TensorState(tensor.name, tuple(tensor.shape), tensor.dtype, tensor.file, tensor.sha256)
+            tensor.name: TensorState(
+                tensor.name,
+                tuple(tensor.shape),
+                tensor.dtype,
+                tensor.file,
+                tensor.digest,
+                tensor.digest_algorithm,
+            )
             for tensor in lineage.tensors
         },
     )
@@ -156,7 +171,7 @@ def require_working_unchanged(lineage: Lineage) -> None:
     Raises:
         WeightsChangedError: naming the first file.
     """
-    findings = changed_files(Path(lineage.working_path), lineage.files)
+    findings = changed_files(Path(lineage.working_path), lineage.files, algorithms=recorded_state(lineage).algorithms)
     if findings:
         raise WeightsChangedError(
             f"the working checkpoint of lineage {lineage.name} was changed outside the ledger: {findings[0]}",

@@ -7,11 +7,24 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from algorithms.weights import require_pair
+from algorithms.safetensors_files import read_header
+from algorithms.weights import AdapterWeights, CheckpointWeights, require_pair
 from governance.catalogue import require_name, weights_of
 from governance.errors import InputError, WeightsChangedError
-from governance.weight_state import FileState, require_unchanged
-from governance.working_checkpoint import create_working_checkpoint, discard_working_checkpoint
+from governance.weight_state import (
+    FileState,
+    TensorState,
+    measure_plain_file,
+    measure_weight_files,
+    require_unchanged,
+    tree_state,
+)
+from governance.working_checkpoint import (
+    copied_checkpoint,
+    discard_working_checkpoint,
+    move_into_place,
+    require_unused,
+)
 from governance.workspace import Workspace
 from registry import claims, queries
 from registry.schema import (
@@ -62,14 +75,19 @@ def create_lineage(
             sources = {role: weights_of(record) for role, record in records.items()}
             identifiers = {role: record.id for role, record in records.items()}
             state_digest = records["subject"].state_digest
-            registered = {file.file: file.sha256 for file in records["subject"].files}
-            tensors = [(t.name, t.shape, t.dtype, t.file, t.sha256) for t in records["subject"].tensors]
+            registered = {file.file: file.digest for file in records["subject"].files}
+            tensors = {
+                t.name: TensorState(t.name, tuple(t.shape), t.dtype, t.file, t.digest, t.digest_algorithm)
+                for t in records["subject"].tensors
+            }
         for role in ("aligned", "base"):
             require_pair(sources["subject"], sources[role])
         target = (working or workspace.directory / "lineages" / name).expanduser().resolve()
-        files = create_working_checkpoint(sources["subject"].path, target)
-        try:
-            _require_copied(target, files, registered)
+        chosen = working is not None
+        if chosen or _owner(workspace, target):
+            require_unused(target)
+        with copied_checkpoint(sources["subject"].path, target, _never_rewritten(sources["subject"])) as copy:
+            files = _copied_files(copy, registered, tensors)
             lineage = Lineage(
                 name=name,
                 subject_id=identifiers["subject"],
@@ -80,18 +98,36 @@ def create_lineage(
                 created_at=workspace.clock(),
                 actor=workspace.actor,
                 files=[
-                    LineageFile(file=file.file, size=file.size, modified_ns=file.modified_ns, sha256=file.sha256)
+                    LineageFile(
+                        file=file.file,
+                        size=file.size,
+                        modified_ns=file.modified_ns,
+                        digest=file.digest,
+                        digest_algorithm=file.digest_algorithm,
+                    )
                     for file in files
                 ],
                 tensors=[
-                    LineageTensor(name=tensor, shape=shape, dtype=dtype, file=file, sha256=sha256)
-                    for tensor, shape, dtype, file, sha256 in tensors
+                    LineageTensor(
+                        name=tensor.name,
+                        shape=list(tensor.shape),
+                        dtype=tensor.dtype,
+                        file=tensor.file,
+                        digest=tensor.digest,
+                        digest_algorithm=tensor.digest_algorithm,
+                    )
+                    for tensor in tensors.values()
                 ],
             )
             with workspace.registry.write() as session:
                 queries.require_absent(session, Lineage, name)
                 session.add(lineage)
                 session.flush()
+                if not chosen:
+                    # Left by a creation that was killed before it was recorded: nobody else can be between renaming
+                    # and recording, since writers of the registry are one at a time.
+                    discard_working_checkpoint(target)
+                move_into_place(copy, target)
                 workspace.record(
                     session,
                     "lineage.created",
@@ -106,15 +142,21 @@ def create_lineage(
                     },
                 )
                 return lineage_summary(session, lineage)
-        except BaseException:
-            if not _is_recorded(workspace, name):
-                discard_working_checkpoint(target)
-            raise
 
 
-def _is_recorded(workspace: Workspace, lineage: str) -> bool:
+def _owner(workspace: Workspace, directory: Path) -> str | None:
+    """Name of the lineage whose working checkpoint a directory is."""
     with workspace.registry.read() as session:
-        return any(record.name == lineage for record in queries.list_lineages(session))
+        owners = [record.name for record in queries.list_lineages(session) if record.working_path == str(directory)]
+    return owners[0] if owners else None
+
+
+def _never_rewritten(subject: CheckpointWeights | AdapterWeights) -> set[str]:
+    """Weight files of a full checkpoint that hold no row of a linear module, such as those of embeddings alone."""
+    if isinstance(subject, AdapterWeights):
+        return set()
+    reached = {subject.checkpoint.stored(module.tensor).file for module in subject.modules.values()}
+    return set(subject.checkpoint.weight_files) - reached
 
 
 def list_lineages(workspace: Workspace) -> list[LineageSummary]:
@@ -139,15 +181,29 @@ def lineage_summary(session: Session, record: Lineage) -> LineageSummary:
     )
 
 
-def _require_copied(target: Path, files: tuple[FileState, ...], registered: Mapping[str, str]) -> None:
-    """The copy is of the files that were registered: a change that left size and time as they were shows here."""
-    copied = {file.file: file.sha256 for file in files}
-    for file, sha256 in registered.items():
-        if copied.get(file) != sha256:
+def _copied_files(
+    target: Path, registered: Mapping[str, str], tensors: Mapping[str, TensorState]
+) -> tuple[FileState, ...]:
+    """State of every followed file of a copy, once it is known to be a copy of the files that were registered.
+
+    Raises:
+        WeightsChangedError: it is not; a change that left size and time as they were shows here.
+    """
+    weight_files = {tensor.file for tensor in tensors.values()}
+    others = {path.name for path in target.iterdir() if path.suffix == ".safetensors"} | registered.keys()
+    plain = sorted(others - weight_files)
+    headers = [read_header(target / name) for name in sorted(weight_files)]
+    copied, _ = measure_weight_files(target, [tensor for header in headers for tensor in header.tensors.values()])
+    copied += [measure_plain_file(target, name) for name in plain]
+    found = {file.file: file.digest for file in copied}
+    for file, digest in registered.items():
+        if found.get(file) != digest:
             raise WeightsChangedError(
                 f"{file} of the subject is not what was registered: its copy in {target} has another SHA-256",
                 "restore the file, or register the changed model under another name",
             )
+    trees = [tree_state(target, header, [tensors[name] for name in header.tensors]) for header in headers]
+    return (*trees, *(file for file in copied if file.file in plain))
 
 
 def _model_with_role(session: Session, name: str, role: str) -> Model:

@@ -6,6 +6,7 @@ of lora_B: `old` (n, r), and `new` (n, r + e) over [A ; E], with `MODULE/extensi
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,14 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from algorithms.errors import CheckpointError
+from algorithms.safetensors_files import StoredTensor, read_header
 from governance.errors import InputError
-from governance.tensor_file import TensorFileWriter, TensorSpec
+from governance.tensor_file import DTYPES, TensorFileWriter, TensorSpec
 
 FORMAT = "neuronledger-patch"
 VERSION = 1
+BLOCK_BYTES = 8 * 2**20
+"""How much of a file is in memory at once, per thread, while rows are written or checked."""
 
 Form = Literal["checkpoint", "adapter"]
 Side = Literal["old", "new"]
@@ -95,12 +99,15 @@ class ArtifactWriter(TensorFileWriter):
 
 
 class PatchArtifact:
-    """An open patch artifact; rows are read as they are asked for."""
+    """An open patch artifact; rows are read as they are asked for, and by several threads if need be."""
 
-    def __init__(self, path: Path, header: ArtifactHeader, handle: Any) -> None:
+    def __init__(
+        self, path: Path, header: ArtifactHeader, tensors: Mapping[str, StoredTensor], descriptor: int
+    ) -> None:
         self.path = path
         self.header = header
-        self._handle = handle
+        self._tensors = tensors
+        self._descriptor = descriptor
         self._modules: Mapping[str, ArtifactModule] = {module.name: module for module in header.modules}
 
     @property
@@ -114,21 +121,38 @@ class PatchArtifact:
 
     def rows(self, module: str) -> Tensor:
         """Return the changed rows (n) int64, ascending."""
-        return torch.as_tensor(self._handle.get_tensor(f"{module}/rows"))
+        return self._read(f"{module}/rows")
 
     def values(self, module: str, side: Side, first: int = 0, last: int | None = None) -> Tensor:
         """Return rows `first..last` of the changed rows, in the file's dtype."""
-        piece = self._handle.get_slice(f"{module}/{side}")
-        return torch.as_tensor(piece[first : piece.get_shape()[0] if last is None else last])
+        return self._read(f"{module}/{side}", first, last)
 
     def columns(self, module: str, side: Side, first: int, last: int) -> Tensor:
         """Return the entries `first..last` of all changed rows, in the file's dtype."""
-        return torch.as_tensor(self._handle.get_slice(f"{module}/{side}")[:, first:last])
+        stored = self._tensors[f"{module}/{side}"]
+        height = max(1, BLOCK_BYTES // stored.row_bytes)
+        pieces = [
+            self.values(module, side, start, min(start + height, stored.shape[0]))[:, first:last].clone()
+            for start in range(0, stored.shape[0], height)
+        ]
+        return torch.cat(pieces)
 
     def extension(self, module: str) -> Tensor | None:
         """Return the rows (e, in) that lora_A gains, if any."""
-        held = self._modules[module]
-        return torch.as_tensor(self._handle.get_tensor(f"{module}/extension")) if held.extension else None
+        return self._read(f"{module}/extension") if self._modules[module].extension else None
+
+    def _read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        stored = self._tensors[name]
+        last = stored.shape[0] if last is None else last
+        content = torch.empty((last - first) * stored.row_bytes, dtype=torch.uint8)
+        view = content.numpy().data
+        offset = stored.begin + first * stored.row_bytes
+        while view:
+            count = os.preadv(self._descriptor, [view], offset)
+            if not count:
+                raise InputError(f"{self.path} ends early", "restore the artifact store from a copy")
+            view, offset = view[count:], offset + count
+        return content.view(DTYPES[stored.dtype]).view(last - first, *stored.shape[1:])
 
 
 @contextmanager
@@ -139,13 +163,24 @@ def open_artifact(path: Path) -> Iterator[PatchArtifact]:
         InputError: the file is no patch artifact, or one of another version.
     """
     try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            yield PatchArtifact(path, ArtifactHeader.from_json(metadata.get(FORMAT, ""), path), handle)
-    except SafetensorError as error:
+        file = read_header(path)
+    except CheckpointError as error:
         raise InputError(
-            f"{path} is not a patch artifact ({error})", "restore the artifact store from a copy"
+            f"{path} is not a patch artifact ({error.problem})", "restore the artifact store from a copy"
         ) from error
+    header = ArtifactHeader.from_json((file.metadata or {}).get(FORMAT, ""), path)
+    for spec in _specs(header):
+        held = file.tensors.get(spec.name)
+        if held is None or (held.dtype, held.shape) != (spec.dtype, spec.shape):
+            raise InputError(
+                f"{path} does not hold the tensor {spec.name} that its header declares",
+                "restore the artifact store from a copy",
+            )
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield PatchArtifact(path, header, file.tensors, descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _specs(header: ArtifactHeader) -> Iterator[TensorSpec]:

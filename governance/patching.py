@@ -10,6 +10,7 @@
 Whatever fails after step 2 is undone from the artifact at once, or, after a kill, by `recover`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def apply_patch(workspace: Workspace, plan: PatchPlan, reason: str = "") -> Patc
                 plan.lineage.working,
                 plan.lineage.locations["subject"].path,
                 change,
+                ready.expected,
                 plan.lineage.recorded,
             )
             return _finish_apply(workspace, plan, patch_id, after)
@@ -92,10 +94,10 @@ def revert_patch(
         WeightsChangedError: the files are not what was recorded.
     """
     with workspace.attempt("patch.revert", "lineage", lineage_name):
-        _check_revert(workspace, lineage_name, sequence)
+        expected = _check_revert(workspace, lineage_name, sequence)
         patch_id, working, subject, change, recorded = _begin_revert(workspace, lineage_name, sequence, reason)
         try:
-            after = write_change(working, subject, change, recorded)
+            after = write_change(working, subject, change, expected, recorded)
         except (NeuronLedgerError, OSError) as failure:
             _settle_revert(workspace, patch_id, failure=str(failure))
             raise
@@ -225,7 +227,7 @@ def _finish_apply(workspace: Workspace, plan: PatchPlan, patch_id: int, after: F
                 "neurons_modified": plan.neurons_modified,
                 "rows_unchanged": patch.rows_unchanged,
                 "parameters_modified": plan.parameters_modified,
-                "files": {file.file: file.sha256 for file in after.files if file.file in after.written},
+                "files": {file.file: file.digest for file in after.files if file.file in after.written},
             },
         )
         session.flush()
@@ -250,14 +252,14 @@ def _undo_apply(workspace: Workspace, patch_id: int, failure: str) -> None:
     _require_digest(working, after, digest_before)
 
 
-def _check_revert(workspace: Workspace, lineage_name: str, sequence: int | None) -> None:
+def _check_revert(workspace: Workspace, lineage_name: str, sequence: int | None) -> Mapping[str, str]:
     """Refuse what reverting would refuse, while no lock is held and nothing says that it began."""
     with workspace.registry.read() as session:
         lineage, patch = _revertible(session, lineage_name, sequence)
         require_working_unchanged(lineage)
         working, _, recorded = _paths(lineage)
         change = _change(workspace, session, patch, "old")
-    check_change(working, change, recorded)
+    return check_change(working, change, recorded)
 
 
 def _revertible(session: Session, lineage_name: str, sequence: int | None) -> tuple[Lineage, Patch]:
@@ -341,7 +343,7 @@ def _finish_revert(workspace: Workspace, patch_id: int, after: FilesAfter) -> Pa
                 "digest_after": after.digest,
                 "exact": after.digest == patch.digest_before if _stands_as_before(session, patch, applied) else None,
                 "neurons_released": released,
-                "files": {file.file: file.sha256 for file in after.files if file.file in after.written},
+                "files": {file.file: file.digest for file in after.files if file.file in after.written},
             },
         )
         session.flush()
@@ -402,9 +404,10 @@ def _record_files(session: Session, lineage: Lineage, after: FilesAfter) -> None
     files = queries.lineage_files(session, lineage.id)
     for file in after.files:
         record = files[file.file]
-        record.size, record.modified_ns, record.sha256 = file.size, file.modified_ns, file.sha256
+        record.size, record.modified_ns = file.size, file.modified_ns
+        record.digest, record.digest_algorithm = file.digest, file.digest_algorithm
     tensors = queries.lineage_tensors(session, lineage.id)
     for tensor in after.tensors.values():
         held = tensors[tensor.name]
-        held.shape, held.sha256 = list(tensor.shape), tensor.sha256
+        held.shape, held.digest, held.digest_algorithm = list(tensor.shape), tensor.digest, tensor.digest_algorithm
     lineage.state_digest = after.digest

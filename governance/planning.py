@@ -115,11 +115,19 @@ class ModuleOutcome:
 
 @dataclass(frozen=True)
 class PreparedPatch:
-    """A plan whose rows are computed and lie in a temporary artifact."""
+    """A plan whose rows are computed and lie in a temporary artifact.
+
+    Attributes:
+        plan: what was planned.
+        artifact: the rows.
+        outcomes: what the rows of each touched module came to.
+        expected: what `check_change` returned: the digests that touched tensors will have.
+    """
 
     plan: PatchPlan
     artifact: Path
     outcomes: tuple[ModuleOutcome, ...]
+    expected: Mapping[str, str]
 
     @property
     def rows_unchanged(self) -> int:
@@ -197,7 +205,6 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
     require_space(workspace.store.directory, 2 * plan.bytes)
     require_space(lineage.working, 2 * plan.bytes if lineage.is_adapter else 0)
     with workspace.store.writer() as path:
-        path.unlink()
         editors = {module.module: _editor(plan, module) for module in plan.touched}
         header = _header(plan, editors)
         outcomes = []
@@ -212,8 +219,8 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
                 "free space there, or mend its permissions",
             ) from error
         workspace.progress("computing rows", len(header.modules), len(header.modules))
-        check_change(lineage.working, Change(artifact=path, side="new", applied_after=()), lineage.recorded)
-        yield PreparedPatch(plan, path, tuple(outcomes))
+        change = Change(artifact=path, side="new", applied_after=())
+        yield PreparedPatch(plan, path, tuple(outcomes), check_change(lineage.working, change, lineage.recorded))
 
 
 def _require_head(workspace: Workspace, planned: LineageState) -> None:

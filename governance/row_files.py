@@ -4,42 +4,59 @@ Only byte ranges of changed rows are written. Where a module is stored transpose
 the storage rows that it crosses are rewritten with the other columns as they are.
 """
 
-import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from algorithms.checkpoints import Checkpoint, StoredTensor
-from governance.patch_artifact import ArtifactModule, PatchArtifact, Side
-from governance.tensor_file import tensor_bytes, write_at
-
-_BLOCK = 32 * 2**20
+from algorithms.digests import HASHING_THREADS, TENSOR_ALGORITHM, new_hash, read_pieces
+from governance.patch_artifact import BLOCK_BYTES, ArtifactModule, PatchArtifact, Side
+from governance.tensor_file import DTYPES, tensor_bytes
+from registry.files import write_at
 
 
 @dataclass(frozen=True)
 class TensorChange:
-    """The SHA-256 of one tensor as it is and as it will be once rows are rewritten."""
+    """The digest of one tensor as it is and as it will be once rows are rewritten."""
 
     tensor: str
     before: str
     after: str
 
 
-def tensor_changes(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) -> dict[str, TensorChange]:
-    """Read every touched tensor once and return its digest now and after the rows become `side` of the artifact."""
-    changes = {}
-    for module in artifact.modules:
-        before, after = hashlib.sha256(), hashlib.sha256()
-        for _, current, spliced in _spliced(checkpoint, artifact, module, side):
-            before.update(tensor_bytes(current))
-            after.update(tensor_bytes(spliced))
-        changes[module.tensor] = TensorChange(module.tensor, before.hexdigest(), after.hexdigest())
-    return changes
+def tensor_changes(
+    checkpoint: Checkpoint, artifact: PatchArtifact, side: Side, algorithms: Mapping[str, str]
+) -> dict[str, TensorChange]:
+    """Read every touched tensor once and return its digest now and after the rows become `side` of the artifact.
+
+    Args:
+        checkpoint: the working checkpoint.
+        artifact: the rows.
+        side: `new` to apply, `old` to take back.
+        algorithms: tensor name → the algorithm that its recorded digest is in.
+
+    Raises:
+        CheckpointError: a file cannot be read, or ends early.
+    """
+
+    def change(module: ArtifactModule) -> TensorChange:
+        algorithm = algorithms.get(module.tensor, TENSOR_ALGORITHM)
+        before, after = new_hash(algorithm), new_hash(algorithm)
+        for _, block in _blocks(checkpoint, module):
+            before.update(block.content)
+            _splice(block, artifact, module, side)
+            after.update(block.content)
+        return TensorChange(module.tensor, before.hexdigest(), after.hexdigest())
+
+    with ThreadPoolExecutor(max_workers=HASHING_THREADS) as pool:
+        return {changed.tensor: changed for changed in pool.map(change, artifact.modules)}
 
 
 def write_rows(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) -> tuple[str, ...]:
@@ -67,12 +84,26 @@ def write_rows(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) -> t
     return tuple(by_file)
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Storage rows `start` to `stop` of a tensor; `content` are their bytes, `rows` the same as (rows, row bytes)."""
+
+    start: int
+    stop: int
+    content: memoryview
+
+    @property
+    def rows(self) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
+        flat = np.frombuffer(self.content, dtype=np.uint8)
+        return flat.reshape(self.stop - self.start, -1)
+
+
 class _InPlaceFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
 
-    def put(self, offset: int, content: bytes) -> None:
+    def put(self, offset: int, content: bytes | memoryview) -> None:
         with self._named():
             write_at(self._descriptor, content, offset)
 
@@ -95,47 +126,48 @@ class _InPlaceFile:
 def _write_module(
     target: _InPlaceFile, checkpoint: Checkpoint, artifact: PatchArtifact, module: ArtifactModule, side: Side
 ) -> None:
-    stored = checkpoint.stored(module.tensor)
     if module.transposed:
-        for start, _, spliced in _spliced(checkpoint, artifact, module, side):
-            target.put(stored.begin + start * stored.row_bytes, tensor_bytes(spliced))
+        for stored, block in _blocks(checkpoint, module):
+            _splice(block, artifact, module, side)
+            target.put(stored.begin + block.start * stored.row_bytes, block.content)
         return
-    rows = artifact.rows(module.name)
-    for first, last in _runs(rows, max(1, _BLOCK // stored.row_bytes)):
-        offset = stored.begin + int(rows[first]) * stored.row_bytes
-        target.put(offset, tensor_bytes(artifact.values(module.name, side, first, last)))
-
-
-def _runs(rows: Tensor, longest: int) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of positions whose rows follow one another in the file, none longer than `longest`."""
-    first = 0
-    while first < len(rows):
-        last = first + 1
-        while last < len(rows) and last - first < longest and rows[last] == rows[last - 1] + 1:
-            last += 1
-        yield first, last
-        first = last
-
-
-def _spliced(
-    checkpoint: Checkpoint, artifact: PatchArtifact, module: ArtifactModule, side: Side
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (first storage row, block as it is, block with the artifact's rows) over the whole stored tensor."""
     stored = checkpoint.stored(module.tensor)
     rows = artifact.rows(module.name)
-    for start, stop in _blocks(stored):
-        current = checkpoint.read(module.tensor, start, stop)
-        spliced = current.clone()
-        if module.transposed:
-            spliced[:, rows] = artifact.columns(module.name, side, start, stop).T
-        else:
-            bounds = torch.searchsorted(rows, torch.tensor([start, stop]))
-            first, last = int(bounds[0]), int(bounds[1])
-            spliced[rows[first:last] - start] = artifact.values(module.name, side, first, last)
-        yield start, current, spliced
+    height = max(1, BLOCK_BYTES // stored.row_bytes)
+    for first in range(0, len(rows), height):
+        some = rows[first : first + height]
+        content = tensor_bytes(artifact.values(module.name, side, first, first + len(some)))
+        for begin, end in _runs(some):
+            piece = content[begin * stored.row_bytes : end * stored.row_bytes]
+            target.put(stored.begin + int(some[begin]) * stored.row_bytes, piece)
 
 
-def _blocks(stored: StoredTensor) -> Iterator[tuple[int, int]]:
-    height = max(1, _BLOCK // stored.row_bytes)
-    for start in range(0, stored.shape[0], height):
-        yield start, min(start + height, stored.shape[0])
+def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of positions whose rows follow one another in the file."""
+    breaks = (torch.nonzero(rows[1:] != rows[:-1] + 1).flatten() + 1).tolist()
+    yield from zip([0, *breaks], [*breaks, len(rows)], strict=True)
+
+
+def _blocks(checkpoint: Checkpoint, module: ArtifactModule) -> Iterator[tuple[StoredTensor, _Block]]:
+    """The whole stored tensor in blocks of storage rows, each valid only until the next is asked for."""
+    stored = checkpoint.stored(module.tensor)
+    height = max(1, BLOCK_BYTES // stored.row_bytes)
+    pieces = read_pieces(checkpoint.path / stored.file, stored.begin, stored.end, height * stored.row_bytes)
+    for start, piece in zip(range(0, stored.shape[0], height), pieces, strict=True):
+        yield stored, _Block(start, min(start + height, stored.shape[0]), piece)
+
+
+def _splice(block: _Block, artifact: PatchArtifact, module: ArtifactModule, side: Side) -> None:
+    """Put the artifact's rows into a block."""
+    rows = artifact.rows(module.name)
+    if module.transposed:
+        item = DTYPES[module.dtype].itemsize
+        new = tensor_bytes(artifact.columns(module.name, side, block.start, block.stop).T)
+        entries = block.rows.reshape(block.stop - block.start, -1, item)
+        entries[:, rows.numpy()] = np.frombuffer(new, np.uint8).reshape(len(entries), -1, item)
+        return
+    bounds = torch.searchsorted(rows, torch.tensor([block.start, block.stop]))
+    first, last = int(bounds[0]), int(bounds[1])
+    if first < last:
+        new = tensor_bytes(artifact.values(module.name, side, first, last))
+        block.rows[(rows[first:last] - block.start).numpy()] = np.frombuffer(new, np.uint8).reshape(last - first, -1)

@@ -15,6 +15,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from registry.files import write_at
+
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -47,9 +49,9 @@ class TensorSpec:
         return self.row_bytes * self.shape[0]
 
 
-def tensor_bytes(tensor: Tensor) -> bytes:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's elements, row-major and little-endian, as they stand in a safetensors file."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class TensorFileWriter:
@@ -103,12 +105,3 @@ class TensorFileWriter:
                 os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
-
-
-def write_at(descriptor: int, content: bytes, offset: int) -> None:
-    """Write all of `content` at a byte offset, however often the system writes only part of it."""
-    view = memoryview(content)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view = view[written:]
-        offset += written

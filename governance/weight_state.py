@@ -4,40 +4,63 @@ A file whose size and modification time are the recorded ones is taken as unchan
 again. `audit verify --weights` hashes everything.
 """
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from algorithms.adapters import ADAPTER_CONFIG
 from algorithms.architectures import coverage
 from algorithms.checkpoints import StoredTensor, find_nonfinite, read_stored, require_finite
-from algorithms.digests import digest_file, digest_weight_file, state_digest
+from algorithms.digests import (
+    SHA256,
+    TENSOR_ALGORITHM,
+    digest_file,
+    digest_tensors,
+    named_digest,
+    read_pieces,
+    state_digest,
+    tree_digest,
+)
+from algorithms.errors import CheckpointError
+from algorithms.safetensors_files import SafetensorsHeader, read_header
 from algorithms.weights import AdapterWeights, CheckpointWeights, tokenizer_content
 from governance.errors import WeightsChangedError
+from governance.hashing import HashJournal, hash_files
 from governance.workspace import Progress, no_progress
 from registry.schema import Model
+
+TREE = "tree"
+"""Name of the algorithm of `algorithms.digests.tree_digest`."""
 
 
 @dataclass(frozen=True)
 class FileState:
-    """One file: name relative to its model's directory, size in bytes, modification time and SHA-256."""
+    """One file: name relative to its model's directory, size in bytes, modification time and digest.
+
+    The algorithm is `sha256`, or `tree`: made of the digests of the file's header and tensors (`tree_digest`), so that
+    after a patch only what changed is hashed again.
+    """
 
     file: str
     size: int
     modified_ns: int
-    sha256: str
+    digest: str
+    digest_algorithm: str = SHA256
 
 
 @dataclass(frozen=True)
 class TensorState:
-    """One tensor: where it is stored and the SHA-256 of its bytes."""
+    """One tensor: where it is stored and the digest of its bytes."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     file: str
-    sha256: str
+    digest: str
+    digest_algorithm: str = TENSOR_ALGORITHM
 
 
 @dataclass(frozen=True)
@@ -63,26 +86,26 @@ class RecordedFile(Protocol):
     @property
     def modified_ns(self) -> int: ...
     @property
-    def sha256(self) -> str: ...
+    def digest(self) -> str: ...
+    @property
+    def digest_algorithm(self) -> str: ...
 
 
-def measure_state(weights: CheckpointWeights | AdapterWeights, progress: Progress = no_progress) -> WeightState:
-    """Hash every weight file of a model (and an adapter's configuration) in one reading pass.
+def measure_state(
+    weights: CheckpointWeights | AdapterWeights, progress: Progress = no_progress, journal: HashJournal | None = None
+) -> WeightState:
+    """Hash every weight file of a model (and an adapter's configuration), reading each byte once.
+
+    Args:
+        weights: the model.
+        progress: told after each file.
+        journal: where finished files are noted, so that hashing that was interrupted goes on.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
     below = checkpoint_of(weights)
-    stored = weight_tensors(weights)
-    names = sorted({tensor.file for tensor in stored})
-    files: list[FileState] = []
-    tensors: list[TensorState] = []
-    for done, file in enumerate(names):
-        progress("hashing weights", done, len(names))
-        state, contained = measure_file(weights.path, file, stored)
-        files.append(state)
-        tensors.extend(contained)
-    progress("hashing weights", len(names), len(names))
+    files, tensors = measure_weight_files(weights.path, weight_tensors(weights), progress, journal)
     if isinstance(weights, AdapterWeights):
         files.append(measure_plain_file(weights.path, ADAPTER_CONFIG))
     extent = coverage(below.checkpoint, below.modules.values())
@@ -95,6 +118,25 @@ def measure_state(weights: CheckpointWeights | AdapterWeights, progress: Progres
         files=tuple(files),
         tensors=tuple(tensors),
     )
+
+
+def measure_weight_files(
+    directory: Path,
+    stored: Sequence[StoredTensor],
+    progress: Progress = no_progress,
+    journal: HashJournal | None = None,
+) -> tuple[list[FileState], list[TensorState]]:
+    """Hash the files that tensors lie in, whole (SHA-256) and tensor by tensor.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    names = sorted({tensor.file for tensor in stored})
+    times = {file: (directory / file).stat().st_mtime_ns for file in names}
+    digests = hash_files(directory, names, stored, progress, journal)
+    files = [FileState(file, digests[file].size, times[file], digests[file].sha256) for file in names]
+    ordered = sorted(stored, key=lambda tensor: (tensor.file, tensor.begin))
+    return files, [TensorState(t.name, t.shape, t.dtype, t.file, digests[t.file].tensors[t.name]) for t in ordered]
 
 
 def checkpoint_of(weights: CheckpointWeights | AdapterWeights) -> CheckpointWeights:
@@ -123,31 +165,31 @@ def require_finite_weights(weights: CheckpointWeights | AdapterWeights) -> None:
         require_finite(weights.checkpoint.read(name), name, weights.path)
 
 
-def measure_file(
-    directory: Path, file: str, tensors: Iterable[StoredTensor]
-) -> tuple[FileState, tuple[TensorState, ...]]:
-    """Hash one weight file and the tensors in it."""
-    contained = sorted((tensor for tensor in tensors if tensor.file == file), key=lambda tensor: tensor.begin)
-    status = (directory / file).stat()
-    digests = digest_weight_file(directory / file, contained)
-    return (
-        FileState(file=file, size=digests.size, modified_ns=status.st_mtime_ns, sha256=digests.sha256),
-        tuple(
-            TensorState(name=t.name, shape=t.shape, dtype=t.dtype, file=file, sha256=digests.tensors[t.name])
-            for t in contained
-        ),
-    )
-
-
 def digest_of(tensors: Iterable[TensorState], files: Iterable[FileState]) -> str:
     """One digest of a model's weights: its tensors and, for an adapter, the configuration that scales them."""
-    content = {tensor.name: (tensor.dtype, tuple(tensor.shape), tensor.sha256) for tensor in tensors}
-    content.update({file.file: ("configuration", (), file.sha256) for file in files if file.file == ADAPTER_CONFIG})
+    content = {
+        tensor.name: (tensor.dtype, tuple(tensor.shape), named_digest(tensor.digest, tensor.digest_algorithm))
+        for tensor in tensors
+    }
+    content.update({file.file: ("configuration", (), file.digest) for file in files if file.file == ADAPTER_CONFIG})
     return state_digest(content)
 
 
-def changed_files(directory: Path, recorded: Sequence[RecordedFile], *, always_hash: bool = False) -> list[str]:
-    """Return a sentence for every recorded file that is missing or whose content is another."""
+def changed_files(
+    directory: Path,
+    recorded: Sequence[RecordedFile],
+    *,
+    always_hash: bool = False,
+    algorithms: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
+    """Return a sentence for every recorded file that is missing or whose content is another.
+
+    Args:
+        directory: where the files lie.
+        recorded: what the registry holds of them.
+        always_hash: also where size and modification time are as recorded.
+        algorithms: tensor name → the algorithm that its recorded digest is in.
+    """
     findings = []
     for record in recorded:
         path = directory / record.file
@@ -157,9 +199,54 @@ def changed_files(directory: Path, recorded: Sequence[RecordedFile], *, always_h
         status = path.stat()
         if not always_hash and (status.st_size, status.st_mtime_ns) == (record.size, record.modified_ns):
             continue
-        if status.st_size != record.size or digest_file(path) != record.sha256:
-            findings.append(f"{path} does not have its recorded SHA-256 {record.sha256[:12]}…")
+        if status.st_size != record.size or _digest_of_file(path, record.digest_algorithm, algorithms) != record.digest:
+            findings.append(
+                f"{path} does not have its recorded digest {record.digest[:12]}… ({record.digest_algorithm})"
+            )
     return findings
+
+
+def _digest_of_file(path: Path, algorithm: str, algorithms: Mapping[str, str]) -> str | None:
+    """A file's digest in an algorithm; None where the file is so damaged that it has none."""
+    if algorithm != TREE:
+        return digest_file(path)
+    try:
+        header = read_header(path)
+        return tree_state(path.parent, header, measure_tensors(path.parent, header.tensors.values(), algorithms)).digest
+    except CheckpointError:
+        return None
+
+
+def measure_tensors(
+    directory: Path, tensors: Iterable[StoredTensor], algorithms: Mapping[str, str]
+) -> tuple[TensorState, ...]:
+    """Hash tensors of a model's files, and nothing else of the files.
+
+    Args:
+        directory: where the files lie.
+        tensors: what to hash.
+        algorithms: tensor name → the algorithm that its recorded digest is in.
+
+    Raises:
+        CheckpointError: a file cannot be read, or ends early.
+    """
+    wanted = [(tensor, algorithms.get(tensor.name, TENSOR_ALGORITHM)) for tensor in tensors]
+    digests = digest_tensors(directory, wanted)
+    return tuple(TensorState(t.name, t.shape, t.dtype, t.file, digests[t.name], a) for t, a in wanted)
+
+
+def tree_state(directory: Path, header: SafetensorsHeader, tensors: Iterable[TensorState]) -> FileState:
+    """State of a safetensors file of which every tensor's digest is known.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    status = (directory / header.file).stat()
+    head = hashlib.sha256()
+    for piece in read_pieces(directory / header.file, 0, header.data_begin):
+        head.update(piece)
+    named = [(tensor.name, named_digest(tensor.digest, tensor.digest_algorithm)) for tensor in tensors]
+    return FileState(header.file, status.st_size, status.st_mtime_ns, tree_digest(head.hexdigest(), named), TREE)
 
 
 def require_unchanged(model: Model) -> None:
@@ -180,4 +267,4 @@ def measure_plain_file(directory: Path, file: str) -> FileState:
     """Hash one file that holds no tensors."""
     path = directory / file
     status = path.stat()
-    return FileState(file=file, size=status.st_size, modified_ns=status.st_mtime_ns, sha256=digest_file(path))
+    return FileState(file=file, size=status.st_size, modified_ns=status.st_mtime_ns, digest=digest_file(path))

@@ -1,57 +1,91 @@
 """The working checkpoint of a lineage: a copy of the subject's directory whose weight files patches rewrite.
 
-It shares no file with any other path: everything is copied (a reflink where the file system offers one), and
-symlinks such as those of a Hugging Face cache are followed and replaced by what they point to.
+No file that a patch can rewrite is shared with any other path: it is a reflink where the file system offers one, and
+else a copy. Weight files without a single row that a patch can reach are hard links where the disk is the same; a
+symbolic link, such as those of a Hugging Face cache, is followed and replaced by a copy of what it points to. The copy
+is made under another name and renamed when it is whole, so a kill leaves nothing that looks like a working checkpoint.
 """
 
 import errno
 import os
+import secrets
 import shutil
 import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from algorithms.digests import digest_file
 from governance.errors import SpaceError
-from governance.weight_state import FileState
+from registry.files import sync_directory, write_all
 
 _MARGIN = 16 * 2**20
+_BLOCK = 8 * 2**20
 _COPIED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx", ".gguf")
 """Weights in other formats: never opened, and left behind, since a patch would not reach them."""
 
 
-def create_working_checkpoint(source: Path, target: Path) -> tuple[FileState, ...]:
-    """Copy a model's directory and return the state of each file that the registry follows.
+@contextmanager
+def copied_checkpoint(source: Path, target: Path, never_rewritten: Collection[str] = ()) -> Iterator[Path]:
+    """Copy a model's directory beside the place where it is to be; removed at exit unless it was moved there.
 
     Args:
         source: directory of the subject.
-        target: directory to create; it must not exist or be empty.
-
-    Returns:
-        The weight files (and an adapter's configuration) of the copy, hashed from the copy.
+        target: where `move_into_place` will put it.
+        never_rewritten: names of weight files that no patch can reach.
 
     Raises:
-        SpaceError: the target is in use, cannot be written, or does not fit on its disk.
+        SpaceError: the copy cannot be written, or does not fit on its disk.
     """
     files = [path for path in sorted(source.rglob("*")) if path.is_file() and _belongs(path, source)]
-    require_space(target, sum(path.stat().st_size for path in files))
+    linked = {path for path in files if path.parent == source and path.name in never_rewritten}
+    require_space(target, sum(path.stat().st_size for path in files if path not in linked))
+    making = target.with_name(f".{target.name}.{secrets.token_hex(8)}.making")
+    try:
+        with _named(target):
+            for path in files:
+                copy = making / path.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                if path not in linked or not _hard_link(path, copy):
+                    _copy_file(path, copy)
+            for directory in (making, *(path for path in sorted(making.rglob("*")) if path.is_dir())):
+                sync_directory(directory)
+        yield making
+    finally:
+        discard_working_checkpoint(making)
+
+
+def move_into_place(copy: Path, target: Path) -> None:
+    """Give a whole copy its name.
+
+    Raises:
+        SpaceError: it cannot be renamed.
+    """
+    with _named(target):
+        copy.replace(target)
+        sync_directory(target.parent)
+
+
+def require_unused(target: Path) -> None:
+    """Refuse a directory that holds something already.
+
+    Raises:
+        SpaceError: it does.
+    """
     if target.exists() and any(target.iterdir()):
         raise SpaceError(
             f"the working checkpoint {target} exists and is not empty", "name an empty directory with --working"
         )
+
+
+@contextmanager
+def _named(target: Path) -> Iterator[None]:
     try:
-        for path in files:
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            _copy_file(path, copy)
-        _sync_directory(target)
+        yield
     except OSError as error:
-        discard_working_checkpoint(target)
         raise SpaceError(
             f"the working checkpoint {target} cannot be written ({error.strerror or error})",
             "free space on that disk, mend its permissions, or name another directory with --working",
         ) from error
-    followed = [path for path in sorted(target.iterdir()) if _is_followed(path)]
-    return tuple(_state(path) for path in followed)
 
 
 def discard_working_checkpoint(target: Path) -> None:
@@ -82,23 +116,31 @@ def _belongs(path: Path, source: Path) -> bool:
     return not any(part.startswith(".") for part in relative.parts) and path.suffix not in _COPIED_ENDINGS
 
 
-def _is_followed(path: Path) -> bool:
-    return path.suffix == ".safetensors" or path.name == "adapter_config.json"
-
-
-def _state(path: Path) -> FileState:
-    status = path.stat()
-    return FileState(file=path.name, size=status.st_size, modified_ns=status.st_mtime_ns, sha256=digest_file(path))
+def _hard_link(source: Path, target: Path) -> bool:
+    """Share a file that is never rewritten. Not through a symbolic link: a cache may replace what it points to."""
+    if source.is_symlink():
+        return False
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return False
+        raise
+    return True
 
 
 def _copy_file(source: Path, target: Path) -> None:
-    with source.open("rb") as reading, target.open("xb") as writing:
-        if not _reflink(reading.fileno(), writing.fileno()):
-            shutil.copyfileobj(reading, writing, 8 * 2**20)
-        writing.flush()
-        os.fsync(writing.fileno())
-    mode = stat.S_IMODE(source.stat().st_mode)
-    target.chmod(mode | stat.S_IRUSR | stat.S_IWUSR)
+    mode = stat.S_IMODE(source.stat().st_mode) | stat.S_IRUSR | stat.S_IWUSR
+    with source.open("rb", buffering=0) as reading:
+        writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            if not _reflink(reading.fileno(), writing):
+                while block := reading.read(_BLOCK):
+                    write_all(writing, block)
+            os.fchmod(writing, mode)  # what the umask took away
+            os.fsync(writing)
+        finally:
+            os.close(writing)
 
 
 def _reflink(source: int, target: int) -> bool:
@@ -111,15 +153,11 @@ def _reflink(source: int, target: int) -> bool:
     try:
         fcntl.ioctl(target, clone_file, source)
     except OSError as error:
-        if error.errno in {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM}:
+        if error.errno in _NO_REFLINKS:
             return False
         raise
     return True
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+_NO_REFLINKS = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM}
+_NO_LINKS = {errno.EOPNOTSUPP, errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EACCES}

@@ -14,20 +14,22 @@ from pathlib import Path
 
 from algorithms.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
 from algorithms.checkpoints import Checkpoint
-from algorithms.digests import digest_file
+from algorithms.digests import new_hash
 from algorithms.errors import AdapterError, CheckpointError
+from algorithms.safetensors_files import read_header
 from governance.adapter_files import ComposedAdapter, compose_adapter, config_bytes, remove_unfinished, write_adapter
 from governance.errors import SpaceError, WeightsChangedError
 from governance.lineage_state import Recorded
-from governance.patch_artifact import PatchArtifact, Side, open_artifact
-from governance.row_files import TensorChange, tensor_changes, write_rows
+from governance.patch_artifact import Side, open_artifact
+from governance.row_files import tensor_changes, write_rows
 from governance.tensor_file import tensor_bytes
 from governance.weight_state import (
     FileState,
     TensorState,
     digest_of,
-    measure_file,
     measure_plain_file,
+    measure_tensors,
+    tree_state,
 )
 
 
@@ -57,8 +59,11 @@ class Change:
     applied_after: tuple[Path, ...]
 
 
-def check_change(working: Path, change: Change, recorded: Recorded) -> None:
+def check_change(working: Path, change: Change, recorded: Recorded) -> Mapping[str, str]:
     """Refuse a change that `write_change` would refuse, before anything says that it began.
+
+    Returns:
+        Digest that each touched tensor of a full checkpoint will have, by name; an adapter is composed anew instead.
 
     Raises:
         WeightsChangedError: a tensor or file that would change is not what was recorded.
@@ -66,34 +71,41 @@ def check_change(working: Path, change: Change, recorded: Recorded) -> None:
     """
     with open_artifact(change.artifact) as artifact:
         if artifact.header.form == "adapter":
-            _require_recorded_files(working, recorded)
-            files = {file.file for file in recorded.files}
-        else:
-            checkpoint = Checkpoint.open(working)
-            files = {checkpoint.stored(module.tensor).file for module in artifact.modules}
-        for file in sorted(files):
+            for name in _all_files(recorded):
+                _require_rewritable(working / name)
+            _require_recorded(working, _measured(working, recorded, _all_files(recorded)), recorded)
+            return {}
+        checkpoint = Checkpoint.open(working)
+        for file in sorted({checkpoint.stored(module.tensor).file for module in artifact.modules}):
             _require_rewritable(working / file)
-        if artifact.header.form == "checkpoint":
-            _checked_changes(working, artifact, change.side, recorded)
+        changes = tensor_changes(checkpoint, artifact, change.side, recorded.algorithms)
+    for tensor, states in changes.items():
+        if states.before != recorded.tensors[tensor].digest:
+            raise _changed(working, tensor, "is not what was recorded")
+    return {tensor: states.after for tensor, states in changes.items()}
 
 
-def write_change(working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
+def write_change(
+    working: Path, subject: Path, change: Change, expected: Mapping[str, str], recorded: Recorded
+) -> FilesAfter:
     """Write a change to the working checkpoint and prove that nothing else changed.
 
     Args:
         working: directory of the working checkpoint.
         subject: directory of the subject (read for adapters).
         change: the patch and its direction.
+        expected: what `check_change` returned of the same change.
         recorded: the state before the change.
 
     Raises:
-        WeightsChangedError: a tensor is not what was recorded before the write, or not what it should be after it.
+        WeightsChangedError: after the write a tensor, touched or not, of a written file is not what it should be.
         OSError: a file cannot be written.
     """
     with open_artifact(change.artifact) as artifact:
         if artifact.header.form == "adapter":
-            return _write_adapter(working, subject, change, recorded)
-        return _write_rows(working, artifact, change.side, recorded)
+            return _rewrite_adapter(working, subject, change, recorded)
+        written = write_rows(Checkpoint.open(working), artifact, change.side)
+    return _proved(working, recorded, written, expected)
 
 
 def restore_side(working: Path, subject: Path, change: Change) -> None:
@@ -109,13 +121,14 @@ def restore_side(working: Path, subject: Path, change: Change) -> None:
 def bring_to(digest: str, working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
     """Write a change back if the weights are not at `digest` anyway: what was never written needs no undoing."""
     remove_unfinished(working)
+    files = _files_of(change, recorded)
     try:
-        after = measure_working(working, recorded)
+        after = _measured(working, recorded, files)
     except (CheckpointError, AdapterError):
         after = None
     if after is None or after.digest != digest:
         restore_side(working, subject, change)
-        after = measure_working(working, recorded)
+        after = _measured(working, recorded, files)
     return after
 
 
@@ -128,63 +141,63 @@ def finish_change(working: Path, subject: Path, change: Change, recorded: Record
         if artifact.header.form == "adapter":
             return _rewrite_adapter(working, subject, change, recorded)
         checkpoint = Checkpoint.open(working)
-        write_rows(checkpoint, artifact, change.side)
-        back = tensor_changes(checkpoint, artifact, "old" if change.side == "new" else "new")
+        written = write_rows(checkpoint, artifact, change.side)
+        back = tensor_changes(checkpoint, artifact, "old" if change.side == "new" else "new", recorded.algorithms)
     for tensor, states in back.items():
-        if states.after != recorded.tensors[tensor].sha256:
+        if states.after != recorded.tensors[tensor].digest:
             raise _changed(working, tensor, "is not what was recorded")
-    after = measure_working(working, recorded)
-    expected = {name: state.sha256 for name, state in recorded.tensors.items()}
-    _require_expected(working, after, expected | {tensor: states.before for tensor, states in back.items()})
-    return after
+    return _proved(working, recorded, written, {tensor: states.before for tensor, states in back.items()})
 
 
 def measure_working(working: Path, recorded: Recorded) -> FilesAfter:
-    """Hash every followed file of a working checkpoint."""
-    return _measured(working, recorded, tuple(file.file for file in recorded.files))
+    """Hash every followed file of a working checkpoint, tensor by tensor."""
+    return _measured(working, recorded, _all_files(recorded))
 
 
-def _write_rows(working: Path, artifact: PatchArtifact, side: Side, recorded: Recorded) -> FilesAfter:
-    changes = _checked_changes(working, artifact, side, recorded)
-    expected = {name: state.sha256 for name, state in recorded.tensors.items()}
-    expected.update({tensor: change.after for tensor, change in changes.items()})
-    written = write_rows(Checkpoint.open(working), artifact, side)
+def _proved(working: Path, recorded: Recorded, written: tuple[str, ...], expected: Mapping[str, str]) -> FilesAfter:
+    """Read the written files back: touched tensors are as expected, all others as recorded."""
     after = _measured(working, recorded, written)
-    _require_expected(working, after, expected)
+    digests = {name: state.digest for name, state in recorded.tensors.items()}
+    _require_expected(working, after, digests | dict(expected))
     return after
-
-
-def _write_adapter(working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
-    _require_recorded_files(working, recorded)
-    return _rewrite_adapter(working, subject, change, recorded)
 
 
 def _rewrite_adapter(working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
     with _composed(subject, change.applied_after) as (adapter, composed):
-        expected = {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in composed.tensors.items()}
+        expected = {}
+        for name, tensor in composed.tensors.items():
+            running = new_hash(recorded.tensors[name].digest_algorithm)
+            running.update(tensor_bytes(tensor))
+            expected[name] = running.hexdigest()
         write_adapter(composed, adapter, working)
         after = _measured(working, recorded, (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
         _require_expected(working, after, expected)
         config = next(file for file in after.files if file.file == ADAPTER_CONFIG)
-        if config.sha256 != hashlib.sha256(config_bytes(composed, adapter)).hexdigest():
+        if config.digest != hashlib.sha256(config_bytes(composed, adapter)).hexdigest():
             raise _changed(working, ADAPTER_CONFIG, "was not written as intended")
     return after
 
 
-def _checked_changes(
-    working: Path, artifact: PatchArtifact, side: Side, recorded: Recorded
-) -> Mapping[str, TensorChange]:
-    changes = tensor_changes(Checkpoint.open(working), artifact, side)
-    for tensor, change in changes.items():
-        if change.before != recorded.tensors[tensor].sha256:
-            raise _changed(working, tensor, "is not what was recorded")
-    return changes
-
-
-def _require_recorded_files(working: Path, recorded: Recorded) -> None:
-    for file in recorded.files:
-        if digest_file(working / file.file) != file.sha256:
+def _require_recorded(working: Path, found: FilesAfter, recorded: Recorded) -> None:
+    known = {file.file: file for file in recorded.files}
+    for file in found.files:
+        if file.digest != known[file.file].digest and file.digest_algorithm == known[file.file].digest_algorithm:
             raise _changed(working, file.file, "is not what was recorded")
+    for name, tensor in recorded.tensors.items():
+        if name not in found.tensors or found.tensors[name].digest != tensor.digest:
+            raise _changed(working, name, "is not what was recorded")
+
+
+def _files_of(change: Change, recorded: Recorded) -> tuple[str, ...]:
+    """Names of the files that a change writes."""
+    with open_artifact(change.artifact) as artifact:
+        if artifact.header.form == "adapter":
+            return ADAPTER_WEIGHTS, ADAPTER_CONFIG
+        return tuple(sorted({recorded.tensors[module.tensor].file for module in artifact.modules}))
+
+
+def _all_files(recorded: Recorded) -> tuple[str, ...]:
+    return tuple(file.file for file in recorded.files)
 
 
 def _require_rewritable(path: Path) -> None:
@@ -205,29 +218,32 @@ def _composed(subject: Path, artifacts: Sequence[Path]) -> Iterator[tuple[Adapte
         yield adapter, compose_adapter(adapter, opened)
 
 
-def _measured(working: Path, recorded: Recorded, written: tuple[str, ...]) -> FilesAfter:
-    """Hash the written files again; the others keep what was recorded."""
-    files = {file.file: file for file in recorded.files if file.file not in written}
-    tensors = {name: tensor for name, tensor in recorded.tensors.items() if tensor.file not in written}
-    stored = (Adapter.open(working) if (working / ADAPTER_CONFIG).exists() else Checkpoint.open(working)).tensors
-    for file in written:
-        if file == ADAPTER_CONFIG:
+def _measured(working: Path, recorded: Recorded, chosen: Sequence[str]) -> FilesAfter:
+    """Hash the chosen files again, tensor by tensor; the others keep what was recorded."""
+    files = {file.file: file for file in recorded.files if file.file not in chosen}
+    tensors = {name: tensor for name, tensor in recorded.tensors.items() if tensor.file not in chosen}
+    weight_files = {tensor.file for tensor in recorded.tensors.values()}
+    headers = [read_header(working / file) for file in chosen if file in weight_files]
+    stored = [tensor for header in headers for tensor in header.tensors.values()]
+    found = measure_tensors(working, stored, recorded.algorithms)
+    tensors.update({tensor.name: tensor for tensor in found})
+    for header in headers:
+        files[header.file] = tree_state(working, header, [tensor for tensor in found if tensor.file == header.file])
+    for file in chosen:
+        if file not in weight_files:
             files[file] = measure_plain_file(working, file)
-            continue
-        files[file], contained = measure_file(working, file, stored.values())
-        tensors.update({tensor.name: tensor for tensor in contained})
     return FilesAfter(
         files=tuple(sorted(files.values(), key=lambda file: file.file)),
         tensors=tensors,
         digest=digest_of(tensors.values(), files.values()),
-        written=written,
+        written=tuple(chosen),
     )
 
 
 def _require_expected(working: Path, after: FilesAfter, expected: Mapping[str, str]) -> None:
     for name in sorted(set(expected) | set(after.tensors)):
         found = after.tensors.get(name)
-        if found is None or found.sha256 != expected.get(name):
+        if found is None or found.digest != expected.get(name):
             raise _changed(working, name, "does not have the digest that it should have after the write")
 
 

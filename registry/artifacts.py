@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from registry.errors import ArtifactError, ArtifactStoreError
-from registry.heads import sync_directory
+from registry.files import create_file, sync_directory
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY = ".writing"
@@ -28,7 +28,7 @@ class ArtifactStore:
 
     @contextmanager
     def writer(self) -> Iterator[Path]:
-        """A temporary path in the store, to be written and then given to `commit`. Removed at exit if it was not.
+        """A path in the store for a new file, to be written and then given to `commit`. Removed at exit if it was not.
 
         Raises:
             ArtifactStoreError: the store cannot be written.
@@ -36,7 +36,6 @@ class ArtifactStore:
         temporary = self.directory / f"{secrets.token_hex(16)}{_TEMPORARY}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            temporary.touch(mode=0o600)
         except OSError as error:
             raise self._not_writable(error) from error
         try:
@@ -78,7 +77,7 @@ class ArtifactStore:
         """
         with self.writer() as temporary:
             try:
-                temporary.write_bytes(content)
+                create_file(temporary, content, 0o600)
             except OSError as error:
                 raise self._not_writable(error) from error
             return self.commit(temporary)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from registry.errors import RegistryError
+from registry.files import sync_directory, write_all
 from registry.ledger import EventFields, Violation, check_chain
 
 
@@ -55,7 +56,7 @@ class HeadFile:
                 end = os.fstat(descriptor).st_size
                 # A line that a power cut left unfinished must not swallow this one.
                 torn = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
-                os.write(descriptor, (("\n" if torn else "") + line + "\n").encode())
+                write_all(descriptor, (("\n" if torn else "") + line + "\n").encode())
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -131,17 +132,6 @@ def check_ledger(heads: Sequence[Head | MalformedHead], events: Iterable[EventFi
 
     yield from check_chain(observed())
     yield from _compare(heads, hashes, count)
-
-
-def sync_directory(directory: Path) -> None:
-    """Flush a directory, so that a file created or renamed in it survives a power cut."""
-    if os.name == "nt":  # Windows cannot open directories, and renames there are synchronous enough
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _compare(heads: Sequence[Head | MalformedHead], hashes: dict[int, str], count: int) -> Iterator[Violation]:

@@ -102,7 +102,8 @@ class ModelFile(Base):
     file: Mapped[str] = mapped_column(Text)
     size: Mapped[int] = mapped_column(BigInteger)
     modified_ns: Mapped[int] = mapped_column(BigInteger)
-    sha256: Mapped[str] = mapped_column(String(DIGEST_LENGTH))
+    digest: Mapped[str] = mapped_column(String(DIGEST_LENGTH))
+    digest_algorithm: Mapped[str] = mapped_column(String(16), server_default="sha256")
 
 
 class ModelTensor(Base):

@@ -18,7 +18,7 @@ TIMESTAMP = sa.String(length=27)
 
 def upgrade() -> None:
     """Add what is new and rename what a digest was called."""
-    for table in ("model_tensors", "lineage_tensors", "lineage_files"):
+    for table in ("model_files", "model_tensors", "lineage_files", "lineage_tensors"):
         op.execute(sa.text(f"ALTER TABLE {table} RENAME COLUMN sha256 TO digest"))
         op.add_column(table, sa.Column("digest_algorithm", WORD, nullable=False, server_default="sha256"))
     op.add_column("patches", sa.Column("origin", sa.JSON(), nullable=True))

@@ -7,13 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from algorithms import digests
 from algorithms.checkpoints import Checkpoint, StoredTensor
-from algorithms.digests import digest_file, digest_weight_file, state_digest, tokenizer_digest
+from algorithms.digests import (
+    digest_file,
+    digest_tensors,
+    digest_weight_file,
+    named_digest,
+    new_hash,
+    state_digest,
+    tokenizer_digest,
+    tree_digest,
+)
 from algorithms.errors import CheckpointError
 from algorithms.tokenizer_content import TokenizerContent
 from tests import tiny_models
@@ -21,6 +31,10 @@ from tests import tiny_models
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def blake(content: bytes) -> str:
+    return blake3(content).hexdigest()
 
 
 def stored(name: str, begin: int, end: int) -> StoredTensor:
@@ -41,7 +55,10 @@ def test_one_pass_gives_the_digests_of_separate_passes(tmp_path, monkeypatch, co
     assert found.file == "weights"
     assert found.size == len(content) == sum(progress)
     assert found.sha256 == sha256(content) == digest_file(path)
-    assert found.tensors == {tensor.name: sha256(content[tensor.begin : tensor.end]) for tensor in tensors}
+    assert found.tensors == {tensor.name: blake(content[tensor.begin : tensor.end]) for tensor in tensors}
+    for algorithm, plain in (("blake3", blake), ("sha256", sha256)):
+        apart = digest_tensors(tmp_path, [(tensor, algorithm) for tensor in tensors])
+        assert apart == {tensor.name: plain(content[tensor.begin : tensor.end]) for tensor in tensors}
 
 
 def test_digests_of_a_sharded_checkpoint_are_those_of_its_tensors(tmp_path):
@@ -51,7 +68,7 @@ def test_digests_of_a_sharded_checkpoint_are_those_of_its_tensors(tmp_path):
         found = digest_weight_file(tmp_path / file, tensors)
         assert found.sha256 == sha256((tmp_path / file).read_bytes())
         for tensor in tensors:
-            assert found.tensors[tensor.name] == sha256(checkpoint.read(tensor.name).numpy().tobytes())
+            assert found.tensors[tensor.name] == blake(checkpoint.read(tensor.name).numpy().tobytes())
 
 
 def test_a_file_that_ends_before_its_tensors_is_refused(tmp_path):
@@ -89,6 +106,23 @@ def test_the_state_digest_does_not_depend_on_order():
 )
 def test_the_state_digest_changes_with_everything_it_covers(changed):
     assert state_digest(changed) != state_digest(STATE)
+
+
+PARTS = [("b", sha256(b"b")), ("a", "blake3:" + blake(b"a"))]
+
+
+def test_a_tree_digest_covers_header_names_and_tensors_in_any_order():
+    found = tree_digest(sha256(b"head"), PARTS)
+    assert found == tree_digest(sha256(b"head"), PARTS[::-1])
+    others = [PARTS[:1], [("b", sha256(b"B")), PARTS[1]], [("c", PARTS[0][1]), PARTS[1]]]
+    assert len({found, tree_digest(sha256(b"other"), PARTS), *(tree_digest(sha256(b"head"), o) for o in others)}) == 5
+
+
+def test_a_digest_names_its_algorithm_and_an_unknown_one_is_refused():
+    assert named_digest("ab", "sha256") == "ab"
+    assert named_digest("ab", "blake3") == "blake3:ab"
+    with pytest.raises(CheckpointError, match="'md5' is not known"):
+        new_hash("md5")
 
 
 # --- tokenizers ---

@@ -11,10 +11,11 @@ from click.testing import CliRunner, Result
 from sqlalchemy import text
 
 from algorithms.checkpoints import Checkpoint
-from algorithms.digests import digest_weight_file
+from algorithms.safetensors_files import read_header
 from cli import main
 from governance.lineages import create_lineage
 from governance.patching import apply_patch, recover
+from governance.weight_state import measure_tensors, tree_state
 from governance.workspace import Workspace
 from registry import queries
 from registry.database import Registry
@@ -121,11 +122,13 @@ def test_changed_weights_are_found_though_their_digests_were_changed_with_them(p
     """The head's digest stands in the ledger, so the tensors' records alone cannot be forged."""
     path, offset = _byte(patched)
     flip_byte(path, offset)
-    digests = digest_weight_file(path, Checkpoint.open(patched.working).tensors.values())
+    header = read_header(path)
+    tensors = measure_tensors(path.parent, header.tensors.values(), {})
+    tree = tree_state(path.parent, header, tensors)
     _change(
         patched,
-        f"UPDATE lineage_files SET sha256 = '{digests.sha256}'",
-        *(f"UPDATE lineage_tensors SET sha256 = '{d}' WHERE name = '{name}'" for name, d in digests.tensors.items()),
+        f"UPDATE lineage_files SET digest = '{tree.digest}'",
+        *(f"UPDATE lineage_tensors SET digest = '{t.digest}' WHERE name = '{t.name}'" for t in tensors),
     )
     _require_found(patched, "lineage line", "digest of its head", options=("--weights",))
 
@@ -227,7 +230,7 @@ EDITED_PATCHES = {
     "reason": ("UPDATE patches SET reason = 'none' WHERE sequence = 2", "reason"),
     "head digest": (f"UPDATE lineages SET state_digest = '{'0' * 64}'", "lineage line"),
     "model digest": (f"UPDATE models SET state_digest = '{'0' * 64}' WHERE name = 'base'", "model base"),
-    "model file": (f"UPDATE model_files SET sha256 = '{'0' * 64}' WHERE model_id = 2", "model aligned"),
+    "model file": (f"UPDATE model_files SET digest = '{'0' * 64}' WHERE model_id = 2", "model aligned"),
 }
 
 
