@@ -13,8 +13,7 @@ from tests.databases import (  # noqa: F401  pytest finds fixtures by name here
     sqlite_databases,
     sqlite_registry,
 )
-
-from tests.governance.faults import TALLY, Tally
+from tests.fault_tally import TALLY, Tally
 
 # A deadline fails a test for what else the machine was doing.
 settings.register_profile("neuronledger", deadline=None)

@@ -10,7 +10,6 @@ import fcntl
 import io
 import os
 import signal
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,11 +17,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from sqlalchemy.engine.default import DefaultDialect
 
 from tests.governance.power_cut import Unflushed
+from tests.processes import fork
 
-Kind = Literal["write", "fsync", "rename", "link", "unlink", "truncate", "mkdir", "create", "mode", "commit", "committed"]
+Kind = Literal[
+    "write", "fsync", "rename", "link", "unlink", "truncate", "mkdir", "create", "mode", "commit", "committed"
+]
 Effect = OSError | KeyboardInterrupt | Literal["kill", "power cut", "short write"]
 
 # What SQLite and PostgreSQL say where the system says this: message, SQLite's name, PostgreSQL's class of psycopg.
@@ -30,7 +33,6 @@ _DATABASE_ERRORS = {
     errno.ENOSPC: ("database or disk is full", "SQLITE_FULL", "DiskFull"),
     errno.EIO: ("disk I/O error", "SQLITE_IOERR", "IoError"),
 }
-_CHILD_SECONDS = 60
 
 
 @dataclass
@@ -99,26 +101,6 @@ class Fault:
             change(self.unflushed)
 
 
-@dataclass
-class Tally:
-    """How many points a run of the tests has tried."""
-
-    points: int = 0
-    kills: int = 0
-    mixtures: int = 0
-
-    def count(self, effect: Effect) -> None:
-        """Count one point."""
-        self.points += 1
-        self.kills += effect in {"kill", "power cut"}
-
-    def __str__(self) -> str:
-        return f"fault injection: {self.points} points tried, {self.kills} kills, {self.mixtures} mixtures"
-
-
-TALLY = pytest.StashKey[Tally]()
-
-
 @contextmanager
 def struck_by(fault: Fault) -> Iterator[Fault]:
     """Let a fault happen to whatever runs inside."""
@@ -133,19 +115,17 @@ def killed(fault: Fault, act: Callable[[], object]) -> bool:
 
     `act` has to open a registry of its own: connections are not shared between processes.
     """
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _run_in_child(fault, act, writing)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        told = pipe.read().decode()
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-        return True
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
-        return False
-    raise AssertionError(f"the child ended with status {status}:\n{told}")
+
+    def act_under_the_fault() -> None:
+        # Torch's pool of threads does not survive a fork, and two threads that find that out at once would fail.
+        torch.set_num_threads(1)
+        with struck_by(fault):
+            act()
+
+    ended = fork(act_under_the_fault).wait()
+    assert not ended.failed, ended.told
+    assert ended.signal in {None, signal.SIGKILL}
+    return ended.signal is not None
 
 
 def flip_byte(path: Path, offset: int, mask: int = 0x01) -> None:
@@ -158,21 +138,6 @@ def flip_byte(path: Path, offset: int, mask: int = 0x01) -> None:
     path.write_bytes(content)
     path.chmod(mode)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def _run_in_child(fault: Fault, act: Callable[[], object], pipe: int) -> None:
-    """The child's whole life: nothing of the parent's test run, its clean-up above all, may run twice."""
-    status = 1
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(_CHILD_SECONDS)
-    try:
-        with struck_by(fault):
-            act()
-        status = 0
-    except BaseException:  # noqa: BLE001  told to the parent
-        os.write(pipe, traceback.format_exc().encode())
-    finally:
-        os._exit(status)
 
 
 def _wrap_writes(patch: pytest.MonkeyPatch, fault: Fault) -> None:

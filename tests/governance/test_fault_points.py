@@ -26,8 +26,9 @@ from registry.database import Registry
 from registry.heads import Head
 from registry.schema import LedgerEvent, LineageLock
 from tests.databases import Databases
+from tests.fault_tally import Tally
 from tests.governance.conftest import Trios
-from tests.governance.faults import Effect, Fault, Tally, killed, struck_by
+from tests.governance.faults import Effect, Fault, killed, struck_by
 from tests.governance.scenarios import Scenario, Trio, build, digests
 
 Act = Callable[[Workspace], object]
@@ -191,7 +192,7 @@ def _strike_every_point(stage: Stage, tally: Tally, effect: str) -> set[str]:
     ends: set[str] = set()
     problems: list[str] = []
     for number, name in enumerate(stage.points, start=1):
-        tally.count(struck)
+        tally.count(kills=isinstance(struck, str))
         try:
             ends.add(_strike(stage, number, struck, once=once))
         except (AssertionError, NeuronLedgerError, OSError) as problem:
@@ -224,5 +225,7 @@ def test_every_fault_point_leaves_the_version_before_or_after(
 
 
 def test_more_than_two_hundred_fault_points_are_tried(stages: Stages) -> None:
-    points = [len(stages(database, subject, act).points) for database, subject, _ in RUNS for act in ("apply", "revert")]
+    points = [
+        len(stages(database, subject, act).points) for database, subject, _ in RUNS for act in ("apply", "revert")
+    ]
     assert sum(points) > 200
