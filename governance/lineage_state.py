@@ -13,7 +13,7 @@ from governance.catalogue import weights_of
 from governance.errors import InterruptedPatchError, WeightsChangedError
 from governance.weight_state import FileState, TensorState, changed_files, require_unchanged
 from governance.workspace import Workspace
-from registry import claims, queries
+from registry import claims, locks, queries
 from registry.schema import Lineage, Model
 
 
@@ -49,7 +49,7 @@ class LineageState:
         protected: module name → (n) int64 rows that applied patches claim.
         protected_by: module name → row → id of the patch that claims it.
         patch_dimensions: patch id → name of its dimension.
-        applied: artifact paths of the applied patches in sequence order.
+        applied: of an adapter, the artifacts of the applied patches in sequence order, from which it is composed.
         recorded: the working checkpoint as last recorded.
     """
 
@@ -118,7 +118,7 @@ def read_lineage(workspace: Workspace, name: str) -> LineageState:
             protected=protected,
             protected_by=protected_by,
             patch_dimensions={patch.id: patch.dimension.name for patch in queries.list_patches(session, lineage.id)},
-            applied=applied_artifacts(workspace, session, lineage.id),
+            applied=applied_artifacts(workspace, session, lineage.id) if lineage.subject.kind == "adapter" else (),
             recorded=recorded_state(lineage),
         )
 
@@ -151,18 +151,23 @@ def applied_artifacts(workspace: Workspace, session: Session, lineage_id: int) -
 
 
 def require_settled(session: Session, lineage: Lineage) -> None:
-    """Refuse to go on over a patch that was interrupted.
+    """Refuse to go on beside a patch that is at work, or over one that was interrupted.
 
     Raises:
-        InterruptedPatchError: naming it.
+        LockedError: a process, which is named, is at work on the lineage.
+        InterruptedPatchError: a patch was interrupted; it is named.
     """
     unfinished = queries.unfinished_patches(session, lineage.id)
-    if unfinished:
-        patch = unfinished[0]
-        raise InterruptedPatchError(
-            f"patch {patch.sequence} of lineage {lineage.name} is {patch.state}: interrupted, or still at work",
-            "wait for it, or run neuronledger recover",
-        )
+    if not unfinished:
+        return
+    lock = locks.holder(session, lineage.id)
+    if lock is not None and locks.liveness(lock) != "dead":
+        raise locks.locked_error(lineage.name, lock)
+    patch = unfinished[0]
+    raise InterruptedPatchError(
+        f"patch {patch.sequence} of lineage {lineage.name} is {patch.state}: it was interrupted",
+        "run neuronledger recover",
+    )
 
 
 def require_working_unchanged(lineage: Lineage) -> None:

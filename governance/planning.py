@@ -26,7 +26,7 @@ from governance.patch_artifact import ArtifactHeader, ArtifactModule, ArtifactWr
 from governance.tensor_file import DTYPES
 from governance.weight_state import checkpoint_of
 from governance.working_checkpoint import require_space
-from governance.working_files import Change, check_change
+from governance.working_files import Change, LineageFiles, check_change
 from governance.workspace import Workspace
 from registry import queries
 from registry.errors import RecordNotFoundError, RegistryBusyError
@@ -220,7 +220,8 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
             ) from error
         workspace.progress("computing rows", len(header.modules), len(header.modules))
         change = Change(artifact=path, side="new", applied_after=())
-        yield PreparedPatch(plan, path, tuple(outcomes), check_change(lineage.working, change, lineage.recorded))
+        files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
+        yield PreparedPatch(plan, path, tuple(outcomes), check_change(files))
 
 
 def _require_head(workspace: Workspace, planned: LineageState) -> None:

@@ -59,7 +59,24 @@ class Change:
     applied_after: tuple[Path, ...]
 
 
-def check_change(working: Path, change: Change, recorded: Recorded) -> Mapping[str, str]:
+@dataclass(frozen=True)
+class LineageFiles:
+    """A working checkpoint and a change to it.
+
+    Attributes:
+        working: directory of the working checkpoint.
+        subject: directory of the subject (read for adapters).
+        change: a patch and its direction.
+        recorded: the working checkpoint before the change.
+    """
+
+    working: Path
+    subject: Path
+    change: Change
+    recorded: Recorded
+
+
+def check_change(files: LineageFiles) -> Mapping[str, str]:
     """Refuse a change that `write_change` would refuse, before anything says that it began.
 
     Returns:
@@ -69,6 +86,7 @@ def check_change(working: Path, change: Change, recorded: Recorded) -> Mapping[s
         WeightsChangedError: a tensor or file that would change is not what was recorded.
         SpaceError: a file that would be written is a link, shared with another path, or not writable.
     """
+    working, change, recorded = files.working, files.change, files.recorded
     with open_artifact(change.artifact) as artifact:
         if artifact.header.form == "adapter":
             for name in _all_files(recorded):
@@ -85,68 +103,65 @@ def check_change(working: Path, change: Change, recorded: Recorded) -> Mapping[s
     return {tensor: states.after for tensor, states in changes.items()}
 
 
-def write_change(
-    working: Path, subject: Path, change: Change, expected: Mapping[str, str], recorded: Recorded
-) -> FilesAfter:
+def write_change(files: LineageFiles, expected: Mapping[str, str]) -> FilesAfter:
     """Write a change to the working checkpoint and prove that nothing else changed.
 
     Args:
-        working: directory of the working checkpoint.
-        subject: directory of the subject (read for adapters).
-        change: the patch and its direction.
+        files: the working checkpoint and the change.
         expected: what `check_change` returned of the same change.
-        recorded: the state before the change.
 
     Raises:
         WeightsChangedError: after the write a tensor, touched or not, of a written file is not what it should be.
         OSError: a file cannot be written.
     """
-    with open_artifact(change.artifact) as artifact:
+    with open_artifact(files.change.artifact) as artifact:
         if artifact.header.form == "adapter":
-            return _rewrite_adapter(working, subject, change, recorded)
-        written = write_rows(Checkpoint.open(working), artifact, change.side)
-    return _proved(working, recorded, written, expected)
+            return _rewrite_adapter(files)
+        written = write_rows(Checkpoint.open(files.working), artifact, files.change.side)
+    return _proved(files, written, expected)
 
 
-def restore_side(working: Path, subject: Path, change: Change) -> None:
+def restore_side(files: LineageFiles) -> None:
     """Write a change without asking what the files are now: how an interrupted write is undone."""
-    with open_artifact(change.artifact) as artifact:
+    with open_artifact(files.change.artifact) as artifact:
         if artifact.header.form == "adapter":
-            with _composed(subject, change.applied_after) as (adapter, composed):
-                write_adapter(composed, adapter, working)
+            with _composed(files) as (adapter, composed):
+                write_adapter(composed, adapter, files.working)
         else:
-            write_rows(Checkpoint.open(working), artifact, change.side)
+            write_rows(Checkpoint.open(files.working), artifact, files.change.side)
 
 
-def bring_to(digest: str, working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
+def bring_to(digest: str, files: LineageFiles) -> FilesAfter:
     """Write a change back if the weights are not at `digest` anyway: what was never written needs no undoing."""
-    remove_unfinished(working)
-    files = _files_of(change, recorded)
+    remove_unfinished(files.working)
+    written = _files_of(files)
     try:
-        after = _measured(working, recorded, files)
+        after = _measured(files.working, files.recorded, written)
     except (CheckpointError, AdapterError):
         after = None
     if after is None or after.digest != digest:
-        restore_side(working, subject, change)
-        after = _measured(working, recorded, files)
+        restore_side(files)
+        after = _measured(files.working, files.recorded, written)
     return after
 
 
-def finish_change(working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
+def finish_change(files: LineageFiles) -> FilesAfter:
     """Write a change that was interrupted halfway, and prove that nothing else changed.
 
     Args and Raises: as `write_change`; a touched tensor may be anything between what was recorded and what it becomes.
     """
+    change, recorded = files.change, files.recorded
+    remove_unfinished(files.working)
     with open_artifact(change.artifact) as artifact:
         if artifact.header.form == "adapter":
-            return _rewrite_adapter(working, subject, change, recorded)
-        checkpoint = Checkpoint.open(working)
+            return _rewrite_adapter(files)
+        checkpoint = Checkpoint.open(files.working)
         written = write_rows(checkpoint, artifact, change.side)
         back = tensor_changes(checkpoint, artifact, "old" if change.side == "new" else "new", recorded.algorithms)
     for tensor, states in back.items():
         if states.after != recorded.tensors[tensor].digest:
-            raise _changed(working, tensor, "is not what was recorded")
-    return _proved(working, recorded, written, {tensor: states.before for tensor, states in back.items()})
+            raise _changed(files.working, tensor, "is not what was recorded")
+    return _proved(files, written, {tensor: states.before for tensor, states in back.items()})
 
 
 def measure_working(working: Path, recorded: Recorded) -> FilesAfter:
@@ -154,16 +169,17 @@ def measure_working(working: Path, recorded: Recorded) -> FilesAfter:
     return _measured(working, recorded, _all_files(recorded))
 
 
-def _proved(working: Path, recorded: Recorded, written: tuple[str, ...], expected: Mapping[str, str]) -> FilesAfter:
+def _proved(files: LineageFiles, written: tuple[str, ...], expected: Mapping[str, str]) -> FilesAfter:
     """Read the written files back: touched tensors are as expected, all others as recorded."""
-    after = _measured(working, recorded, written)
-    digests = {name: state.digest for name, state in recorded.tensors.items()}
-    _require_expected(working, after, digests | dict(expected))
+    after = _measured(files.working, files.recorded, written)
+    digests = {name: state.digest for name, state in files.recorded.tensors.items()}
+    _require_expected(files.working, after, digests | dict(expected))
     return after
 
 
-def _rewrite_adapter(working: Path, subject: Path, change: Change, recorded: Recorded) -> FilesAfter:
-    with _composed(subject, change.applied_after) as (adapter, composed):
+def _rewrite_adapter(files: LineageFiles) -> FilesAfter:
+    working, recorded = files.working, files.recorded
+    with _composed(files) as (adapter, composed):
         expected = {}
         for name, tensor in composed.tensors.items():
             running = new_hash(recorded.tensors[name].digest_algorithm)
@@ -188,12 +204,12 @@ def _require_recorded(working: Path, found: FilesAfter, recorded: Recorded) -> N
             raise _changed(working, name, "is not what was recorded")
 
 
-def _files_of(change: Change, recorded: Recorded) -> tuple[str, ...]:
+def _files_of(files: LineageFiles) -> tuple[str, ...]:
     """Names of the files that a change writes."""
-    with open_artifact(change.artifact) as artifact:
+    with open_artifact(files.change.artifact) as artifact:
         if artifact.header.form == "adapter":
             return ADAPTER_WEIGHTS, ADAPTER_CONFIG
-        return tuple(sorted({recorded.tensors[module.tensor].file for module in artifact.modules}))
+        return tuple(sorted({files.recorded.tensors[module.tensor].file for module in artifact.modules}))
 
 
 def _all_files(recorded: Recorded) -> tuple[str, ...]:
@@ -211,10 +227,10 @@ def _require_rewritable(path: Path) -> None:
 
 
 @contextmanager
-def _composed(subject: Path, artifacts: Sequence[Path]) -> Iterator[tuple[Adapter, ComposedAdapter]]:
-    adapter = Adapter.open(subject)
+def _composed(files: LineageFiles) -> Iterator[tuple[Adapter, ComposedAdapter]]:
+    adapter = Adapter.open(files.subject)
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_artifact(path)) for path in artifacts]
+        opened = [stack.enter_context(open_artifact(path)) for path in files.change.applied_after]
         yield adapter, compose_adapter(adapter, opened)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from registry.errors import ArtifactError, ArtifactStoreError
 from registry.files import create_file, sync_directory
+from registry.processes import Owner, this_process
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY = ".writing"
@@ -33,7 +34,9 @@ class ArtifactStore:
         Raises:
             ArtifactStoreError: the store cannot be written.
         """
-        temporary = self.directory / f"{secrets.token_hex(16)}{_TEMPORARY}"
+        owner = this_process()
+        name = f"{owner.host}.{owner.pid}.{owner.started}.{secrets.token_hex(16)}{_TEMPORARY}"
+        temporary = self.directory / name
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -140,8 +143,22 @@ class ArtifactStore:
         )
 
     def leftovers(self) -> tuple[Path, ...]:
-        """Temporary files of writers that are at work or were killed; only to be removed when no writer is at work."""
+        """Temporary files of writers that are at work or were killed."""
         return tuple(sorted(self.directory.glob(f"*{_TEMPORARY}")))
+
+    def remove_abandoned(self) -> tuple[Path, ...]:
+        """Remove the temporary files of processes of this host that are gone, and return them.
+
+        Raises:
+            ArtifactStoreError: one cannot be removed.
+        """
+        abandoned = tuple(path for path in self.leftovers() if _writer(path).liveness == "dead")
+        try:
+            for path in abandoned:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._not_writable(error) from error
+        return abandoned
 
     def _target(self, digest: str) -> Path:
         if not _DIGEST.fullmatch(digest):
@@ -166,6 +183,16 @@ class ArtifactStore:
             f"the artifact {digest} was changed: its content has the digest {found}",
             "Restore the artifact store from a backup",
         )
+
+
+def _writer(temporary: Path) -> Owner:
+    """The process that a temporary file is named after; a name in another form is nobody's."""
+    parts = temporary.name.removesuffix(_TEMPORARY).rsplit(".", 3)
+    try:
+        host, pid, started, _ = parts
+        return Owner(host, int(pid), int(started))
+    except ValueError:
+        return Owner("", 0, 0)
 
 
 def _digest(path: Path) -> str:

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, select, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
@@ -147,6 +147,25 @@ class Registry:
             actor=actor,
             now=now,
         )
+
+    def complete_heads(self) -> bool:
+        """Append the ledger's head to the head file where a kill came between a commit and its head.
+
+        Returns:
+            whether it was missing.
+
+        Raises:
+            RegistryError: the file cannot be read or written.
+        """
+        with self.read() as session:
+            last = session.scalar(select(LedgerEvent).order_by(LedgerEvent.sequence.desc()).limit(1))
+        if last is None:
+            return False
+        known = [head.count for head in self.heads.read() if isinstance(head, Head)]
+        if known and max(known) >= last.sequence:
+            return False
+        self.heads.append(Head(last.sequence, last.hash, last.created_at))
+        return True
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -13,6 +13,14 @@ class RegistryBusyError(NeuronLedgerError):
     exit_code = 3
 
 
+class LockedError(RegistryBusyError):
+    """A process holds the lock of a lineage."""
+
+
+class LockLostError(RegistryBusyError):
+    """A lock that this process held was taken over by another."""
+
+
 class RecordNotFoundError(NeuronLedgerError):
     """No record of that name."""
 

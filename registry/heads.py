@@ -15,6 +15,8 @@ from registry.errors import RegistryError
 from registry.files import sync_directory, write_all
 from registry.ledger import EventFields, Violation, check_chain
 
+_LONGEST_LINE = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -53,9 +55,7 @@ class HeadFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                end = os.fstat(descriptor).st_size
-                # A line that a power cut left unfinished must not swallow this one.
-                torn = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
+                torn = self._mend_end(descriptor)
                 write_all(descriptor, (("\n" if torn else "") + line + "\n").encode())
                 os.fsync(descriptor)
             finally:
@@ -68,6 +68,19 @@ class HeadFile:
                 f"{error.strerror}",
                 "Make the file writable; the next change appends the newest head",
             ) from error
+
+    @staticmethod
+    def _mend_end(descriptor: int) -> bool:
+        """Cut off what a full disk or a power cut left of a line, and tell whether a whole one only lacks its end."""
+        end = os.fstat(descriptor).st_size
+        begin = max(0, end - _LONGEST_LINE)
+        last = os.pread(descriptor, end - begin, begin).rpartition(b"\n")[2]
+        if not last:
+            return False
+        if isinstance(_parse(0, last.decode("utf-8", "replace")), Head):
+            return True
+        os.ftruncate(descriptor, end - len(last))
+        return False
 
     def require_writable(self) -> None:
         """Check, before a change is committed, that its head can be appended after it.

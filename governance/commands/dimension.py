@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from governance.commands.options import json_option, list_options, workspace_options
+from governance.commands.options import json_option, list_options, workspace_options, writing_workspace_options
 
 if TYPE_CHECKING:
     from governance.workspace import Workspace
@@ -45,7 +45,7 @@ def dimension() -> None:
 @click.option("--limit", type=click.IntRange(min=1), help="Keep at most so many prompts of each set.")
 @click.option("--description", default="", metavar="TEXT", help="What the concern is.")
 @json_option
-@workspace_options
+@writing_workspace_options
 def register(
     workspace: "Workspace",
     name: str,

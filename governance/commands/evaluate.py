@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from governance.commands.options import list_options, workspace_options
+from governance.commands.options import list_options, writing_workspace_options
 
 if TYPE_CHECKING:
     from governance.evaluation import Measurement, Stage
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Prompts at a time.")
 @list_options
-@workspace_options
+@writing_workspace_options
 def evaluate(
     workspace: "Workspace",
     lineage: str,

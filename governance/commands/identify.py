@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from governance.commands.options import json_option, workspace_options
+from governance.commands.options import json_option, writing_workspace_options
 from governance.commands.settings import chosen_settings, settings_options
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.argument("dimension")
 @settings_options
 @json_option
-@workspace_options
+@writing_workspace_options
 def identify(
     workspace: "Workspace",
     lineage: str,

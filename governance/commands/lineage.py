@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from governance.commands.options import json_option, list_options, workspace_options
+from governance.commands.options import json_option, list_options, workspace_options, writing_workspace_options
 
 if TYPE_CHECKING:
     from governance.workspace import Workspace
@@ -27,7 +27,7 @@ def lineage() -> None:
     help="Directory for the working checkpoint.  [default: lineages/NAME beside the registry]",
 )
 @json_option
-@workspace_options
+@writing_workspace_options
 def create(
     workspace: "Workspace",
     name: str,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from governance.commands.options import json_option, list_options, workspace_options
+from governance.commands.options import json_option, list_options, workspace_options, writing_workspace_options
 
 if TYPE_CHECKING:
     from governance.workspace import Workspace
@@ -27,7 +27,7 @@ def model() -> None:
 )
 @click.option("--base-model", metavar="NAME", help="For an adapter: the registered checkpoint that it adapts.")
 @json_option
-@workspace_options
+@writing_workspace_options
 def register(
     workspace: "Workspace",
     name: str,

@@ -13,8 +13,16 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def workspace_options(command: Command) -> Command:
-    """Add `--database` and `--actor`, and hand the command an open `workspace`."""
+    """Add `--database` and `--actor`, and hand the command an open `workspace` to read."""
+    return _with_workspace(command, open_here)
 
+
+def writing_workspace_options(command: Command) -> Command:
+    """As `workspace_options`, for a command that writes: what was interrupted is recovered first."""
+    return _with_workspace(command, _open_recovered)
+
+
+def _with_workspace(command: Command, opened: "Callable[[str | None, str | None], Workspace]") -> Command:
     @click.option(
         "--database",
         metavar="URL",
@@ -29,9 +37,29 @@ def workspace_options(command: Command) -> Command:
     )
     @wraps(command)
     def with_workspace(*args: Any, database: str | None, actor: str | None, **kwargs: Any) -> Any:
-        return command(*args, workspace=open_here(database, actor), **kwargs)
+        return command(*args, workspace=opened(database, actor), **kwargs)
 
     return with_workspace  # type: ignore[return-value]
+
+
+def _open_recovered(database: str | None, actor: str | None) -> "Workspace":
+    """Open the registry and recover what was interrupted; what is at work, here or elsewhere, is left to itself."""
+    from registry.errors import LockedError
+    from registry.queries import unfinished_patches
+
+    workspace = open_here(database, actor)
+    with workspace.registry.read() as session:
+        interrupted = bool(unfinished_patches(session))
+    if interrupted:
+        from governance.recovery import recover_what_can_be
+
+        recovery = recover_what_can_be(workspace)
+        for action in recovery.actions:
+            click.echo(action.sentence, err=True)
+        for failure in recovery.failures:
+            if not isinstance(failure, LockedError):
+                click.echo(f"Could not recover: {failure}", err=True)
+    return workspace
 
 
 def open_here(database: str | None, actor: str | None) -> "Workspace":

@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from governance.commands.options import json_option, list_options, reason_option, workspace_options
+from governance.commands.options import (
+    json_option,
+    list_options,
+    reason_option,
+    workspace_options,
+    writing_workspace_options,
+)
 from governance.commands.settings import chosen_settings, settings_options
 
 if TYPE_CHECKING:
@@ -25,7 +31,7 @@ def patch() -> None:
 @settings_options
 @click.option("--dry-run", is_flag=True, help="Accepted for symmetry: a plan never writes to the working checkpoint.")
 @json_option
-@workspace_options
+@writing_workspace_options
 def plan(
     workspace: "Workspace",
     lineage: str,
@@ -59,7 +65,7 @@ def plan(
 @click.option("--dry-run", is_flag=True, help="Plan only: show what would change and refuse what would be refused.")
 @reason_option
 @json_option
-@workspace_options
+@writing_workspace_options
 def apply(
     workspace: "Workspace",
     lineage: str,
@@ -178,7 +184,7 @@ def show(workspace: "Workspace", lineage: str, number: int, as_json: bool) -> No
 @click.argument("number", type=int, required=False)
 @reason_option
 @json_option
-@workspace_options
+@writing_workspace_options
 def revert(workspace: "Workspace", lineage: str, number: int | None, reason: str, as_json: bool) -> None:
     """Take a patch of LINEAGE back exactly and release its neurons: the head, or patch NUMBER.
 

@@ -11,21 +11,27 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Undo or finish what was interrupted.")
+@click.option(
+    "--take-over",
+    is_flag=True,
+    help="Also recover what a process of another host was doing. Only when nothing runs there any more.",
+)
 @json_option
 @workspace_options
-def recover(workspace: "Workspace", as_json: bool) -> None:
+def recover(workspace: "Workspace", take_over: bool, as_json: bool) -> None:
     """Bring every interrupted lineage to the version before or after: an apply is undone, a revert is finished.
 
-    Run it only when no other process is patching.
+    Every command that writes does this first. A lineage that a living process is writing to is left alone and named;
+    whether a process of another host lives cannot be told from here.
     """
     from governance.commands.rendering import emit_list
-    from governance.patching import recover as recover_patches
+    from governance.recovery import recover as recover_patches
 
-    actions = recover_patches(workspace)
+    actions = recover_patches(workspace, foreign=take_over)
 
     def people() -> None:
         for action in actions:
-            click.echo(f"Patch {action.patch} of {action.lineage} was {action.was} and is now {action.now}.")
+            click.echo(action.sentence)
         if not actions:
             click.echo("Nothing was interrupted.")
 

@@ -4,11 +4,13 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -17,9 +19,9 @@ from sqlalchemy import text
 
 from algorithms.checkpoints import Checkpoint
 from cli import main
-from governance.errors import InterruptedPatchError
 from governance.patching import apply_patch
 from registry.database import Registry
+from registry.processes import Owner, this_process
 from tests.governance.conftest import Trios
 from tests.governance.faults import Fault, flip_byte, struck_by
 from tests.governance.scenarios import BENIGN, HARMFUL, Scenario, digests
@@ -390,22 +392,53 @@ def test_changed_working_weights_are_refused(place: Place) -> None:
         _require_one_line(_run(place, command), 1, "changed outside the ledger", str(path), "audit verify --weights")
 
 
-def test_an_interrupted_patch_is_a_busy_lineage(place: Place) -> None:
+def _interrupt(place: Place) -> None:
     plan = place.scenario.plan("animals")
     with (
         struck_by(Fault(place.scenario.working, "fsync", 1, KeyboardInterrupt())),
         pytest.raises(KeyboardInterrupt),
     ):
         apply_patch(place.scenario.workspace, plan)
-    assert InterruptedPatchError.exit_code == 3
-    for command in (
-        ["patch", "apply", "line", "weapons"],
-        ["patch", "revert", "line"],
-        ["identify", "line", "weapons"],
-    ):
-        _require_one_line(_run(place, command), 3, "patch 1 of lineage line is applying", "neuronledger recover")
-    assert "Patch 1 of line was applying and is now rejected." in _run(place, ["recover"]).stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["patch", "apply", "line", "weapons"], ["patch", "plan", "line", "weapons"], ["identify", "line", "weapons"]],
+)
+def test_a_command_that_writes_recovers_first(place: Place, command: list[str]) -> None:
+    _interrupt(place)
+    outcome = _run(place, command)
+    assert outcome.exit_code == 0
+    assert "Recovered: patch 1 of line was applying and is now rejected." in outcome.stderr
+    place.scenario.require_sound()
     assert _run(place, ["recover"]).stdout == "Nothing was interrupted.\n"
+
+
+def test_recover_tells_what_it_did(place: Place) -> None:
+    _interrupt(place)
+    assert "applying" in _run(place, ["patch", "list", "line"]).stdout
+    assert "patch 1 of line was applying and is now rejected" in _run(place, ["recover"]).stdout
+
+
+@pytest.mark.parametrize(("host", "mend"), [(None, "Wait until it is done"), ("elsewhere", "--take-over")])
+def test_a_lineage_that_another_process_writes_to_is_busy(place: Place, host: str | None, mend: str) -> None:
+    _interrupt(place)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        owner = Owner(host or this_process().host, other.pid, int(psutil.Process(other.pid).create_time()))
+        with place.scenario.workspace.registry.write() as session:
+            session.execute(
+                text("UPDATE lineage_locks SET host = :host, pid = :pid, process_started = :started"), vars(owner)
+            )
+        for command in (["patch", "apply", "line", "weapons"], ["patch", "revert", "line"], ["recover"]):
+            _require_one_line(_run(place, command), 3, f"held by process {other.pid} on {owner.host}", mend)
+        assert place.scenario.states() == ["applying"]
+        if host is None:
+            other.kill()
+            other.wait()
+    if host is not None:
+        assert "is now rejected" in _run(place, ["recover", "--take-over"]).stdout
+    assert _run(place, ["patch", "apply", "line", "weapons"]).exit_code == 0
+    place.scenario.require_sound()
 
 
 def test_a_head_that_moved_is_busy(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,12 @@ import pytest
 from sqlalchemy import text
 
 from algorithms.checkpoints import Checkpoint
-from governance import patching
+from governance import patch_transactions, patching
 from governance.auditing import verify
 from governance.errors import InterruptedPatchError, SpaceError, WeightsChangedError
-from governance.patching import RecoveryAction, apply_patch, recover
+from governance.patching import apply_patch
 from governance.planning import dry_run, plan_patch
+from governance.recovery import RecoveryAction, recover
 from registry.errors import NeuronProtectedError, RegistryError
 from registry.heads import HeadFile
 from tests.governance.faults import Effect, Fault, Kind, flip_byte, struck_by
@@ -54,7 +55,7 @@ def _require_blocked(scenario: Scenario) -> None:
         lambda: scenario.identify("weapons"),
         lambda: plan_patch(scenario.workspace, "line", 1),
     ):
-        with pytest.raises(InterruptedPatchError, match="run neuronledger recover") as refusal:
+        with pytest.raises(InterruptedPatchError, match="Run neuronledger recover") as refusal:
             act()
         assert refusal.value.exit_code == 3
 
@@ -157,10 +158,10 @@ def test_a_kill_after_the_intent_and_one_before_the_result(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for point in ("write_change", "_finish_apply"):
+    for module, point in ((patching, "write_change"), (patch_transactions, "finish_apply")):
         plan = scenario.plan("animals")
         with monkeypatch.context() as patch:
-            patch.setattr(patching, point, killed)
+            patch.setattr(module, point, killed)
             with pytest.raises(KeyboardInterrupt):
                 apply_patch(scenario.workspace, plan)
         assert scenario.states()[-1] == "applying"
@@ -170,9 +171,9 @@ def test_a_kill_after_the_intent_and_one_before_the_result(
         assert digests(scenario.working) == before
         scenario.require_sound()
     scenario.apply("animals")
-    for point in ("write_change", "_finish_revert"):
+    for module, point in ((patching, "write_change"), (patch_transactions, "finish_revert")):
         with monkeypatch.context() as patch:
-            patch.setattr(patching, point, killed)
+            patch.setattr(module, point, killed)
             with pytest.raises(KeyboardInterrupt):
                 scenario.revert()
         assert scenario.states()[-1] == "reverting"

@@ -14,7 +14,8 @@ from algorithms.checkpoints import Checkpoint
 from algorithms.safetensors_files import read_header
 from cli import main
 from governance.lineages import create_lineage
-from governance.patching import apply_patch, recover
+from governance.patching import apply_patch
+from governance.recovery import recover
 from governance.weight_state import measure_tensors, tree_state
 from governance.workspace import Workspace
 from registry import queries

@@ -1,0 +1,305 @@
+"""The registry's side of a patch: one transaction for the intent, one for the result or for the return.
+
+The transaction of the intent takes the lineage's lock, that of the result or of the return gives it back, so a lock is
+held exactly while a patch is `applying` or `reverting`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from governance.errors import PlanError
+from governance.lineage_state import require_settled
+from governance.patch_records import PatchSummary, patch_summary
+from governance.planning import PatchPlan, PreparedPatch, require_head
+from governance.working_files import FilesAfter, LineageFiles
+from governance.workspace import Workspace
+from registry import claims, locks, queries
+from registry.errors import RegistryBusyError
+from registry.schema import Lineage, Patch, PatchModule
+
+
+@dataclass(frozen=True)
+class IntendedRevert:
+    """A revert that was checked and has not begun.
+
+    Attributes:
+        sequence: number of the patch.
+        state_digest: the lineage's weights when it was checked.
+        files: the lineage's working checkpoint, and the change that takes the patch back.
+        expected: what `check_change` returned.
+    """
+
+    sequence: int
+    state_digest: str
+    files: LineageFiles
+    expected: Mapping[str, str]
+
+
+def begin_apply(workspace: Workspace, ready: PreparedPatch, artifact_digest: str, reason: str, token: str) -> int:
+    """Record the intent to apply a patch, and take the lineage's lock.
+
+    Returns:
+        id of the patch.
+
+    Raises:
+        LockedError: another patch is at work.
+        InterruptedPatchError: one was interrupted.
+        RegistryBusyError: the head moved since the plan was made.
+    """
+    plan = ready.plan
+    with workspace.registry.write() as session:
+        lineage = queries.get_lineage(session, plan.lineage.name)
+        require_settled(session, lineage)
+        require_head(lineage, plan.lineage)
+        locks.acquire(session, lineage, token, "patch apply", workspace.actor, workspace.clock())
+        patch = Patch(
+            lineage_id=lineage.id,
+            sequence=queries.next_sequence(session, lineage.id),
+            identification_id=plan.identification_id,
+            dimension_id=plan.dimension_id,
+            kind="fgsn",
+            state="applying",
+            parent_patch_id=lineage.head_patch_id,
+            digest_before=lineage.state_digest,
+            artifact_digest=artifact_digest,
+            parameters_modified=plan.parameters_modified,
+            parameters_total=plan.lineage.parameters,
+            linear_parameters_total=plan.lineage.linear_parameters,
+            neurons_selected=plan.neurons_selected,
+            neurons_protected=plan.neurons_protected,
+            neurons_modified=plan.neurons_modified,
+            rows_unchanged=ready.rows_unchanged,
+            settings=plan.settings.model_dump(mode="json"),
+            actor=workspace.actor,
+            reason=reason,
+            created_at=workspace.clock(),
+        )
+        session.add(patch)
+        session.flush()
+        planned = {module.module: module for module in plan.modules}
+        for outcome in ready.outcomes:
+            session.add(
+                PatchModule(
+                    patch_id=patch.id,
+                    module_id=planned[outcome.module].module_id,
+                    rows=outcome.rows,
+                    rows_unchanged=outcome.rows_unchanged,
+                    parameters=planned[outcome.module].parameters,
+                    norm_before=outcome.norm_before,
+                    norm_after=outcome.norm_after,
+                    update_norms={"change": outcome.change_norm},
+                )
+            )
+        workspace.record(
+            session,
+            "patch.applying",
+            "lineage",
+            lineage.name,
+            {
+                "patch": patch.sequence,
+                "dimension": plan.dimension,
+                "identification": plan.identification_id,
+                "settings_digest": plan.settings_digest,
+                "artifact": artifact_digest,
+                "digest_before": lineage.state_digest,
+                "neurons": plan.neurons_modified,
+                "reason": reason,
+            },
+        )
+        return patch.id
+
+
+def finish_apply(workspace: Workspace, plan: PatchPlan, patch_id: int, after: FilesAfter, token: str) -> PatchSummary:
+    """Record that a patch is applied: claims, digests, head, result; and give the lock back.
+
+    Raises:
+        NeuronProtectedError: a neuron is claimed already.
+        LockLostError: the lineage was recovered meanwhile.
+    """
+    with workspace.registry.write() as session:
+        patch = session.get_one(Patch, patch_id)
+        lineage = patch.lineage
+        locks.release(session, lineage.id, token)
+        claims.claim(session, lineage.id, patch_id, {module.module_id: module.rows.tolist() for module in plan.touched})
+        patch.state = "applied"
+        patch.digest_after = after.digest
+        patch.applied_at = workspace.clock()
+        _record_files(session, lineage, after)
+        lineage.head_patch_id = patch_id
+        workspace.record(
+            session,
+            "patch.applied",
+            "lineage",
+            lineage.name,
+            {
+                "patch": patch.sequence,
+                "dimension": plan.dimension,
+                "artifact": patch.artifact_digest or "",
+                "digest_before": patch.digest_before,
+                "digest_after": after.digest,
+                "neurons_selected": plan.neurons_selected,
+                "neurons_already_protected": plan.neurons_protected,
+                "neurons_modified": plan.neurons_modified,
+                "rows_unchanged": patch.rows_unchanged,
+                "parameters_modified": plan.parameters_modified,
+                "files": {file.file: file.digest for file in after.files if file.file in after.written},
+            },
+        )
+        session.flush()
+        return patch_summary(patch)
+
+
+def revertible(session: Session, lineage_name: str, sequence: int | None) -> tuple[Lineage, Patch]:
+    """Find the patch to revert.
+
+    Raises:
+        PlanError: there is none, or it is not applied.
+        LockedError, InterruptedPatchError: another is at work, or was interrupted.
+    """
+    lineage = queries.get_lineage(session, lineage_name)
+    require_settled(session, lineage)
+    patch = lineage.head if sequence is None else queries.get_patch(session, lineage, sequence)
+    if patch is None:
+        raise PlanError(f"lineage {lineage_name} has no applied patch", "there is nothing to revert")
+    if patch.state != "applied":
+        raise PlanError(
+            f"patch {patch.sequence} of lineage {lineage_name} is {patch.state}, not applied",
+            "see patch list for the applied ones",
+        )
+    return lineage, patch
+
+
+def begin_revert(workspace: Workspace, lineage_name: str, intended: IntendedRevert, reason: str, token: str) -> int:
+    """Record the intent to revert a patch, and take the lineage's lock.
+
+    Returns:
+        id of the patch.
+
+    Raises:
+        RegistryBusyError: the lineage changed since it was checked.
+        PlanError, LockedError, InterruptedPatchError: as `revertible`.
+    """
+    with workspace.registry.write() as session:
+        lineage, patch = revertible(session, lineage_name, intended.sequence)
+        if lineage.state_digest != intended.state_digest:
+            raise RegistryBusyError(f"lineage {lineage_name} changed while it was checked", "revert the patch again")
+        locks.acquire(session, lineage, token, "patch revert", workspace.actor, workspace.clock())
+        patch.state = "reverting"
+        workspace.record(
+            session,
+            "patch.reverting",
+            "lineage",
+            lineage_name,
+            {
+                "patch": patch.sequence,
+                "artifact": patch.artifact_digest or "",
+                "digest_before": lineage.state_digest,
+                "reason": reason,
+            },
+        )
+        return patch.id
+
+
+def finish_revert(workspace: Workspace, patch_id: int, after: FilesAfter, token: str) -> PatchSummary:
+    """Record that a patch is reverted: claims released, digests, head, result; and give the lock back.
+
+    Raises:
+        LockLostError: the lineage was recovered meanwhile.
+    """
+    with workspace.registry.write() as session:
+        patch = session.get_one(Patch, patch_id)
+        lineage = patch.lineage
+        locks.release(session, lineage.id, token)
+        patch.state = "reverted"
+        patch.reverted_at = workspace.clock()
+        released = claims.release(session, patch_id)
+        session.flush()
+        applied = queries.applied_patches(session, lineage.id)
+        lineage.head_patch_id = applied[-1].id if applied else None
+        _record_files(session, lineage, after)
+        workspace.record(
+            session,
+            "patch.reverted",
+            "lineage",
+            lineage.name,
+            {
+                "patch": patch.sequence,
+                "digest_after": after.digest,
+                "exact": after.digest == patch.digest_before if _stands_as_before(session, patch, applied) else None,
+                "neurons_released": released,
+                "files": {file.file: file.digest for file in after.files if file.file in after.written},
+            },
+        )
+        session.flush()
+        return patch_summary(patch)
+
+
+def return_apply(workspace: Workspace, patch_id: int, failure: str, after: FilesAfter, token: str) -> None:
+    """Record that an apply was taken back; the lock is given back where the weights are as they were.
+
+    Raises:
+        LockLostError: the lineage was recovered meanwhile.
+    """
+    with workspace.registry.write() as session:
+        patch = session.get_one(Patch, patch_id)
+        patch.state = "rejected"
+        patch.failure = failure
+        _record_return(workspace, session, patch, "patch.undone", failure, after)
+        locks.release(session, patch.lineage_id, token)
+
+
+def return_revert(workspace: Workspace, patch_id: int, failure: str, after: FilesAfter, token: str) -> None:
+    """Record that a revert was taken back, so that the patch stays applied.
+
+    Raises:
+        LockLostError: the lineage was recovered meanwhile.
+    """
+    with workspace.registry.write() as session:
+        patch = session.get_one(Patch, patch_id)
+        patch.state = "applied"
+        _record_return(workspace, session, patch, "patch.revert-undone", failure, after)
+        locks.release(session, patch.lineage_id, token)
+
+
+def _record_return(
+    workspace: Workspace, session: Session, patch: Patch, action: str, failure: str, after: FilesAfter
+) -> None:
+    """Record that a patch's rows are as they were before the attempt.
+
+    Where other bytes are not what was recorded, something else wrote them: the files' record stays, and names them.
+    """
+    lineage = patch.lineage
+    payload: dict[str, Any] = {"patch": patch.sequence, "failure": failure, "state_digest": lineage.state_digest}
+    if after.digest == lineage.state_digest:
+        _record_files(session, lineage, after)
+    else:
+        payload["found_digest"] = after.digest
+    workspace.record(session, action, "lineage", lineage.name, payload)
+
+
+def _stands_as_before(session: Session, patch: Patch, applied: tuple[Patch, ...]) -> bool:
+    """Whether the patches that are applied now are those that were when `patch` was, so that its digest must return."""
+    then = {
+        other.id
+        for other in queries.list_patches(session, patch.lineage_id)
+        if other.sequence < patch.sequence
+        and other.applied_at is not None
+        and (other.reverted_at is None or (patch.applied_at is not None and other.reverted_at > patch.applied_at))
+    }
+    return {other.id for other in applied} == then
+
+
+def _record_files(session: Session, lineage: Lineage, after: FilesAfter) -> None:
+    files = queries.lineage_files(session, lineage.id)
+    for file in after.files:
+        record = files[file.file]
+        record.size, record.modified_ns = file.size, file.modified_ns
+        record.digest, record.digest_algorithm = file.digest, file.digest_algorithm
+    tensors = queries.lineage_tensors(session, lineage.id)
+    for tensor in after.tensors.values():
+        held = tensors[tensor.name]
+        held.shape, held.digest, held.digest_algorithm = list(tensor.shape), tensor.digest, tensor.digest_algorithm
+    lineage.state_digest = after.digest
