@@ -3,6 +3,7 @@
 What a child does has to open connections of its own, and the parent must have closed its own before it forks.
 """
 
+import gc
 import os
 import signal
 import traceback
@@ -56,6 +57,7 @@ def fork(act: Callable[[], object]) -> Child:
 def _live(act: Callable[[], object], pipe: int) -> None:
     """The child's whole life."""
     failed = 1
+    gc.disable()  # it would touch, and so copy, every object of the parent
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_LONGEST_SECONDS)
     try:

@@ -26,6 +26,7 @@ from tests.processes import fork
 Kind = Literal[
     "write", "fsync", "rename", "link", "unlink", "truncate", "mkdir", "create", "mode", "commit", "committed"
 ]
+TAKES_SPACE: frozenset[Kind] = frozenset({"write", "link", "truncate", "mkdir", "create", "commit"})
 Effect = OSError | KeyboardInterrupt | Literal["kill", "power cut", "short write"]
 
 # What SQLite and PostgreSQL say where the system says this: message, SQLite's name, PostgreSQL's class of psycopg.
@@ -46,7 +47,7 @@ class Fault:
         effect: the error raised there, after half of a write is stored; or the end of the process there, with all that
             was written so far (`kill`) or without what was not flushed (`power cut`); or a write that stores half and
             says so (`short write`).
-        once: whether what comes after the point works again.
+        once: whether all that comes after the point works again; if not, whatever takes space goes on failing.
         points: what has been counted, as "KIND FILE".
     """
 
@@ -83,7 +84,8 @@ class Fault:
         if (self.kind is not None and kind != self.kind) or not path.is_relative_to(self.directory):
             return None
         self.points.append(f"{kind} {path.relative_to(self.directory)}")
-        if self.effect is None or not (self.count == self.at if self.once else self.struck):
+        goes_on = not self.once and self.struck and (kind in TAKES_SPACE or kind == self.kind)
+        if self.effect is None or not (self.count == self.at or goes_on):
             return None
         stored = tear() if tear is not None and self.count == self.at else None
         if self.effect == "short write":

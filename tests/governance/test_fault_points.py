@@ -9,8 +9,8 @@ killed, or the power goes, which takes along what was not flushed.
 import errno
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,8 @@ from typing import Literal
 import pytest
 from sqlalchemy import func, select
 
-from governance.patching import apply_patch, recover, revert_patch
+from governance.patching import apply_patch, revert_patch
+from governance.recovery import recover
 from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
 from registry import queries
@@ -67,17 +68,16 @@ class Stage:
     """A lineage that is put back as it was before an action, as often as asked for.
 
     Attributes:
-        directory: where the registry's directory has to lie.
-        copy: its content before the action.
+        scenario: the lineage. Its registry is the same for all points, so that statements are compiled once, but
+            nobody keeps a connection: neither the child that is killed nor the database that is put back.
+        copy: content of the registry's directory before the action.
         put_back: puts the database back.
         act: the action.
         old, new: the versions before and after it.
         points: what the action does, in order.
     """
 
-    url: str
-    trio: Trio
-    directory: Path
+    scenario: Scenario
     copy: Path
     put_back: Callable[[], None]
     act: Act
@@ -85,25 +85,25 @@ class Stage:
     new: Version
     points: tuple[str, ...]
 
+    @property
+    def directory(self) -> Path:
+        """The registry's directory."""
+        return self.scenario.workspace.directory
+
     def restore(self) -> None:
         """Put the lineage back."""
+        self.scenario.workspace.registry.close()
         shutil.rmtree(self.directory)
         shutil.copytree(self.copy, self.directory)
         self.put_back()
 
-    @contextmanager
-    def open(self) -> Iterator[Scenario]:
-        """The lineage with connections of its own."""
-        with Registry.open(self.url, directory=self.directory) as registry:
-            yield Scenario(Workspace(registry=registry, actor="tester"), self.trio)
-
     def run(self) -> None:
-        """Act, in whatever process this is."""
-        with self.open() as scenario:
-            self.act(scenario.workspace)
+        """Act."""
+        self.act(self.scenario.workspace)
 
-    def require_old_or_new(self, scenario: Scenario) -> Literal["old", "new"]:
+    def require_old_or_new(self) -> Literal["old", "new"]:
         """Files, registry and ledger agree, nothing is left over, and all is as before the action or as after it."""
+        scenario = self.scenario
         found = version_of(scenario)
         assert found in (self.old, self.new)
         scenario.require_sound()
@@ -122,24 +122,21 @@ def _prepare(databases: Databases, place: Path, trio: Trio, prompts: Path, *, ap
     directory = place / "registry"
     url = databases.migrated(directory)
     directory.mkdir(exist_ok=True)
-    with Registry.open(url, directory=directory) as registry:
-        scenario = build(Workspace(registry=registry, actor="tester"), trio, prompts)
-        scenario.apply("weapons", **SETTINGS)
-        plan = scenario.plan("animals", **SETTINGS)
-        if applies:
-            act: Act = partial(apply_patch, plan=plan, reason="a concern")
-        else:
-            apply_patch(scenario.workspace, plan)
-            act = partial(revert_patch, lineage_name="line")
+    scenario = build(Workspace(Registry.open(url, directory=directory), actor="tester"), trio, prompts)
+    scenario.apply("weapons", **SETTINGS)
+    plan = scenario.plan("animals", **SETTINGS)
+    if applies:
+        act: Act = partial(apply_patch, plan=plan, reason="a concern")
+    else:
+        apply_patch(scenario.workspace, plan)
+        act = partial(revert_patch, lineage_name="line")
+    old = version_of(scenario)
+    scenario.workspace.registry.close()
     shutil.copytree(directory, place / "copy")
     put_back = databases.keep(url)
-    with Registry.open(url, directory=directory) as registry:
-        scenario = Scenario(Workspace(registry=registry, actor="tester"), trio)
-        old = version_of(scenario)
-        with struck_by(Fault(directory)) as counted:
-            act(scenario.workspace)
-        new = version_of(scenario)
-    return Stage(url, trio, directory, place / "copy", put_back, act, old, new, tuple(counted.points))
+    with struck_by(Fault(directory)) as counted:
+        act(scenario.workspace)
+    return Stage(scenario, place / "copy", put_back, act, old, version_of(scenario), tuple(counted.points))
 
 
 Stages = Callable[[str, Subject, str], Stage]
@@ -165,25 +162,32 @@ def stages(
         return made[database, subject, action]
 
     yield stage
+    for prepared in made.values():
+        prepared.scenario.workspace.registry.close()
     for database in {key[0] for key in made}:
         request.getfixturevalue(f"{database}_databases").clean()
+
+
+EFFECTS: dict[str, tuple[Effect, bool]] = {
+    "EIO": (OSError(errno.EIO, "Input/output error"), True),
+    "ENOSPC": (OSError(errno.ENOSPC, "No space left on device"), False),
+    "kill": ("kill", True),
+    "power cut": ("power cut", True),
+}
 
 
 def _strike(stage: Stage, number: int, effect: Effect, *, once: bool) -> Literal["old", "new"]:
     """Let one point fail, recover, and tell which version came of it."""
     stage.restore()
     fault = Fault(stage.directory, None, number, effect, once=once)
-    if effect in {"kill", "power cut"}:
+    if isinstance(effect, str):
         assert killed(fault, stage.run)
-        with stage.open() as scenario:
-            recover(scenario.workspace)
-            return stage.require_old_or_new(scenario)
-    with stage.open() as scenario:
+    else:
         with struck_by(fault), suppress(NeuronLedgerError, OSError):
-            stage.act(scenario.workspace)
+            stage.run()
         assert fault.struck
-        recover(scenario.workspace)
-        return stage.require_old_or_new(scenario)
+    recover(stage.scenario.workspace)
+    return stage.require_old_or_new()
 
 
 def _strike_every_point(stage: Stage, tally: Tally, effect: str) -> set[str]:
@@ -202,16 +206,10 @@ def _strike_every_point(stage: Stage, tally: Tally, effect: str) -> set[str]:
     return ends
 
 
-EFFECTS: dict[str, tuple[Effect, bool]] = {
-    "EIO": (OSError(errno.EIO, "Input/output error"), True),
-    "ENOSPC": (OSError(errno.ENOSPC, "No space left on device"), False),
-    "kill": ("kill", True),
-    "power cut": ("power cut", True),
-}
 FULL, GROWING = SUBJECTS[0], SUBJECTS[2]
 RUNS: list[tuple[str, Subject, str]] = [
-    *(("sqlite", subject, effect) for subject in SUBJECTS for effect in ("EIO", "kill")),
-    *(("sqlite", subject, effect) for subject in (FULL, GROWING) for effect in ("ENOSPC", "power cut")),
+    ("sqlite", "lora", "EIO"),
+    *(("sqlite", subject, effect) for subject in (FULL, GROWING) for effect in EFFECTS),
     *(("postgresql", subject, effect) for subject in (FULL, GROWING) for effect in ("EIO", "kill")),
 ]
 
@@ -229,3 +227,47 @@ def test_more_than_two_hundred_fault_points_are_tried(stages: Stages) -> None:
         len(stages(database, subject, act).points) for database, subject, _ in RUNS for act in ("apply", "revert")
     ]
     assert sum(points) > 200
+
+
+@pytest.mark.parametrize("action", ["apply", "revert"])
+@pytest.mark.parametrize(("subject", "effect"), [(FULL, "kill"), (GROWING, "power cut")])
+def test_a_recovery_that_is_killed_at_any_fault_point_can_be_run_again(
+    stages: Stages, fault_tally: Tally, subject: Subject, effect: str, action: str
+) -> None:
+    stage = stages("sqlite", subject, action)
+    stage.restore()
+    written = [n for n, name in enumerate(stage.points, start=1) if name.startswith(("write lineages", "rename line"))]
+    assert killed(Fault(stage.directory, None, written[-1], "kill"), stage.run)
+    copy = stage.copy.with_name("interrupted")
+    shutil.copytree(stage.directory, copy)
+    with struck_by(Fault(stage.directory)) as counted:
+        recover(stage.scenario.workspace)
+    recovered = replace(stage, copy=copy, act=recover, points=tuple(counted.points))
+    assert _strike_every_point(recovered, fault_tally, effect) == {"old" if action == "apply" else "new"}
+
+
+@pytest.mark.parametrize("action", ["apply", "revert"])
+@pytest.mark.parametrize("subject", [FULL, GROWING])
+def test_a_system_that_writes_only_a_part_is_asked_again(stages: Stages, subject: Subject, action: str) -> None:
+    stage = stages("sqlite", subject, action)
+    for number in range(1, sum(name.startswith("write") for name in stage.points) + 1):
+        stage.restore()
+        with struck_by(Fault(stage.directory, "write", number, "short write")) as fault:
+            stage.run()
+        assert fault.struck
+        assert stage.require_old_or_new() == "new"
+
+
+@pytest.mark.parametrize("action", ["apply", "revert"])
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_no_change_of_a_file_passes_by_the_faults(stages: Stages, subject: Subject, action: str) -> None:
+    """Whatever file an action changes by whatever way, the layer has seen it; and both transactions."""
+    stage = stages("sqlite", subject, action)
+    stage.restore()
+    before = digests(stage.directory)
+    stage.run()
+    after = digests(stage.directory)
+    seen = {name.partition(" ")[2] for name in stage.points}
+    changed = {file for file in before.keys() | after.keys() if before.get(file) != after.get(file)}
+    assert {file for file in changed if not file.startswith("registry.db")} <= seen
+    assert [name for name in stage.points if name.endswith(" sqlite")] == 2 * ["commit sqlite", "committed sqlite"]
