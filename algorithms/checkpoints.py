@@ -11,7 +11,7 @@ while it is read is then an error that can be named instead of a killed process,
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +31,7 @@ __all__ = [
     "is_buffer",
     "read_stored",
     "read_stored_columns",
+    "read_stored_ranges",
     "refuse_quantised",
     "require_finite",
 ]
@@ -116,6 +117,13 @@ class Checkpoint:
         """
         return read_stored(self.path, self.stored(name), start, stop)
 
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """Read several ranges `(start, stop)` of a tensor's rows, one after the other, opening the file once.
+
+        Raises: as `read`.
+        """
+        return read_stored_ranges(self.path, self.stored(name), ranges)
+
     def read_columns(self, name: str, start: int, stop: int) -> Tensor:
         """Read the columns `start` to `stop` of a two-dimensional tensor; shape `(rows, stop - start)`."""
         return read_stored_columns(self.path, self.stored(name), start, stop)
@@ -146,16 +154,27 @@ def read_stored(directory: Path, stored: StoredTensor, start: int | None = None,
         CheckpointError: the file cannot be read or ends early.
         IndexError: the rows are outside the tensor.
     """
+    if start is not None or stop is not None:
+        return read_stored_ranges(directory, stored, [_range(stored, 0, start, stop)])
     dtype = _torch_dtype(stored, directory)
-    if start is None and stop is None:
-        shape, begin, size = stored.shape, stored.begin, stored.end - stored.begin
-    else:
-        first, last = _range(stored, 0, start, stop)
-        shape = (last - first, *stored.shape[1:])
-        begin, size = stored.begin + first * stored.row_bytes, (last - first) * stored.row_bytes
-    buffer = torch.empty(size, dtype=torch.uint8)
-    _fill(directory / stored.file, buffer.numpy().data, [(begin, size)])
-    return buffer.view(dtype).view(shape)
+    buffer = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
+    _fill(directory / stored.file, buffer.numpy().data, [(stored.begin, len(buffer))])
+    return buffer.view(dtype).view(stored.shape)
+
+
+def read_stored_ranges(directory: Path, stored: StoredTensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """Read several ranges `(start, stop)` of a stored tensor's rows, one after the other, in the stored dtype.
+
+    Raises:
+        CheckpointError: the file cannot be read or ends early.
+        IndexError: a row is outside the tensor.
+    """
+    dtype = _torch_dtype(stored, directory)
+    checked = [_range(stored, 0, start, stop) for start, stop in ranges]
+    pieces = [(stored.begin + first * stored.row_bytes, (last - first) * stored.row_bytes) for first, last in checked]
+    buffer = torch.empty(sum(size for _, size in pieces), dtype=torch.uint8)
+    _fill(directory / stored.file, buffer.numpy().data, pieces)
+    return buffer.view(dtype).view(sum(last - first for first, last in checked), *stored.shape[1:])
 
 
 def read_stored_columns(directory: Path, stored: StoredTensor, start: int, stop: int) -> Tensor:

@@ -1,6 +1,7 @@
 """What an FGSN identification found, and how it is stored: its tensors and a JSON summary of the rest."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -124,25 +125,78 @@ class Identification:
             **{name: getattr(self, name) for name in _FIGURES},
         }
 
-    @classmethod
-    def from_parts(cls, summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Identification":
-        """The identification that `summary` and `tensors` came from.
+
+class StoredIdentification:
+    """A stored identification of which one module at a time is in memory.
+
+    Args:
+        summary: what `Identification.summary` returned.
+        tensors: what `Identification.tensors` returned; a mapping that reads from a file will do.
+
+    Attributes:
+        settings, unreached: as of the identification.
+        modules: names of the modules in scope, in order.
+
+    Raises:
+        SettingsError: an entry or a tensor is missing, or the settings are not valid.
+    """
+
+    def __init__(self, summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        with _readable():
+            self.settings = FgsnSettings.model_validate(summary["settings"])
+            self.unreached: tuple[str, ...] = tuple(summary["unreached"])
+            self._entries = {str(entry["module"]): entry for entry in summary["modules"]}
+            self._summary = summary
+        self._tensors = tensors
+        names = set(tensors)
+        for module in self._entries:
+            for kind in ("scores", "ranks", "selected", "benign_overlap", "already_protected"):
+                if f"{kind}/{module}" not in names:
+                    raise _unreadable(f"no tensor {kind}/{module}")
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules in scope, in order."""
+        return tuple(self._entries)
+
+    def selected(self, module: str) -> Tensor:
+        """(n,) int64 ascending, the rows chosen in a module."""
+        return self._tensors[f"selected/{module}"]
+
+    def statistics(self, module: str) -> ModuleStatistics:
+        """What operations need of a module's calibration inputs."""
+        group = self._entries[module]["input_group"]
+        return ModuleStatistics(
+            self._tensors.get(f"input_norms/{group}"),
+            self._tensors.get(f"directions/{group}"),
+        )
+
+    def whole(self) -> Identification:
+        """All of it at once.
 
         Raises:
-            SettingsError: an entry or a tensor is missing, or the settings are not valid.
+            SettingsError: an entry is missing.
         """
-        try:
-            return cls(
-                settings=FgsnSettings.model_validate(summary["settings"]),
-                layer_scores=tuple(LayerScore(**layer) for layer in summary["layer_scores"]),
-                modules=tuple(_module_from_parts(entry, tensors) for entry in summary["modules"]),
-                unreached=tuple(summary["unreached"]),
-                **{name: summary[name] for name in _FIGURES},
+        with _readable():
+            return Identification(
+                settings=self.settings,
+                layer_scores=tuple(LayerScore(**layer) for layer in self._summary["layer_scores"]),
+                modules=tuple(_module_from_parts(entry, self._tensors) for entry in self._entries.values()),
+                unreached=self.unreached,
+                **{name: self._summary[name] for name in _FIGURES},
             )
-        except (KeyError, TypeError, ValidationError) as broken:
-            raise SettingsError(
-                f"A stored identification cannot be read ({broken})", "Identify again with this version"
-            ) from broken
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValidationError) as broken:
+        raise _unreadable(str(broken)) from broken
+
+
+def _unreadable(problem: str) -> SettingsError:
+    return SettingsError(f"A stored identification cannot be read ({problem})", "Identify again with this version")
 
 
 def _store(tensors: dict[str, Tensor], name: str, value: Tensor | None) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from algorithms.architectures import LinearModule
 from algorithms.coordinates import LoraCoordinates, row_coordinates
-from algorithms.differences import BLOCK_BYTES, Difference, require_finite_values
+from algorithms.differences import BLOCK_BYTES, STREAM_BYTES, Difference, require_finite_values
 from algorithms.errors import MismatchError, SettingsError
 from algorithms.projection import ProjectedMatrix, SafetyProjection
 from algorithms.selection import entry_threshold
@@ -119,55 +119,73 @@ class RowEditor:
         self._coordinates = row_coordinates(subject, aligned, self.module)
         if isinstance(self._coordinates, LoraCoordinates):
             _require_low_rank(settings)
-        self._projected: ProjectedMatrix | None = None
-        if settings.operation in {"project", "complement"} and settings.strength > 0:
-            C = SafetyProjection(Difference(aligned, base, module), settings.normalization, settings.energy)
-            source = self._coordinates.subject_rows if settings.target == "full" else self._coordinates.update_rows
-            self._projected = C.of(source, self._coordinates.width)
+        self._aligned, self._base = aligned, base
         self._directions = self._required_directions()
         self.extension = self._extension()
         self._entries = self._least_entry_damage()
 
     def edits(self) -> Iterator[RowEdit]:
-        """The edits of all rows in ascending order; one empty edit when there are no rows."""
+        """The edits of all rows in ascending order; one empty edit when there are no rows.
+
+        What the projection keeps in memory is there from the first edit to the last, and not before or after.
+        """
+        projected = self._projection()
         for index in self._blocks():
-            values = self._new_values(index)
+            values = self._new_values(index, projected)
             require_finite_values(values, self.module.name, "The computed edit")
             yield RowEdit(index, values, self.extension)
 
+    @property
+    def _projects(self) -> bool:
+        return self._settings.operation in {"project", "complement"} and self._settings.strength > 0
+
+    def _projection(self) -> ProjectedMatrix | None:
+        settings = self._settings
+        if not self._projects:
+            return None
+        V = Difference(self._aligned, self._base, self.module.name)
+        C = SafetyProjection(V, settings.normalization, settings.energy)
+        source = self._coordinates.subject_rows if settings.target == "full" else self._coordinates.update_rows
+        return C.of(source, self._coordinates.width)
+
     def _blocks(self) -> Iterator[Tensor]:
-        height = max(1, BLOCK_BYTES // (4 * self.module.in_features))
+        # V is read again for every block of projected rows; other operations gain nothing from large blocks.
+        size = BLOCK_BYTES if self._projects else STREAM_BYTES
+        height = max(1, size // (4 * self.module.in_features))
         for start in range(0, max(1, len(self.row_index)), height):
             yield self.row_index[start : start + height]
 
-    def _new_values(self, index: Tensor) -> Tensor:
+    def _new_values(self, index: Tensor, projection: ProjectedMatrix | None) -> Tensor:
         t = self._coordinates.subject_rows(index)
         if self._settings.strength == 0:
             return t[:, : self._coordinates.own_width].clone()
-        new = self._recombined(t, index) if self._directions is None else self._without_directions(t, index)
+        if self._directions is None:
+            new = self._recombined(t, index, None if projection is None else projection.rows(index))
+        else:
+            new = self._without_directions(t, index)
         if self._entries is None:
             return new
         damage = self._entry_damage(index)
         return torch.where((damage >= self._entries) & (damage > 0), new, t)
 
-    def _recombined(self, t: Tensor, index: Tensor) -> Tensor:
+    def _recombined(self, t: Tensor, index: Tensor, projected: Tensor | None) -> Tensor:
         """restore, project and complement: the rows' own coordinates are mixed anew."""
         settings, c = self._settings, self._settings.strength
-        projected = None if self._projected is None else self._projected.rows(index)
         if projected is not None and settings.target == "full":
             return (1 - c) * t + c * projected
         if settings.operation == "complement" and projected is not None:
             return _plus(t, -c * projected)
         a = self._coordinates.aligned_rows(index)
         kept = a if c == 1 else _plus(t, -c * (t - a))
-        return kept.clone() if projected is None else _plus(kept, c * projected)
+        return kept if projected is None else _plus(kept, projected if c == 1 else c * projected)
 
     def _without_directions(self, t: Tensor, index: Tensor) -> Tensor:
         """subspace: U_i loses what it does to the directions Q."""
         Q = self._directions
         if Q is None:
             return t
-        removed = -self._settings.strength * (self._coordinates.update_rows(index) @ self._coordinates.onto(Q))
+        update = t - self._coordinates.aligned_rows(index)
+        removed = -self._settings.strength * (update @ self._coordinates.onto(Q))
         if isinstance(self._coordinates, LoraCoordinates):
             return torch.cat([t[:, : self._coordinates.own_width], removed], dim=1)
         return _plus(t, removed @ Q.T)
@@ -225,7 +243,8 @@ def _require_low_rank(settings: FgsnSettings) -> None:
 
 def _plus(values: Tensor, change: Tensor) -> Tensor:
     """values + change; where the change is zero, `values` bit for bit (−0.0 + 0.0 would lose its sign)."""
-    return torch.where(change == 0, values, values + change)
+    total = values + change
+    return torch.where(change == 0, values, total, out=total)
 
 
 def _checked_rows(rows: Tensor, module: LinearModule) -> Tensor:

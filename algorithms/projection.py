@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from algorithms.differences import BLOCK_BYTES, Difference, factored_core
+from algorithms.differences import STREAM_BYTES, Difference, factored_core, squared_norm
 from algorithms.settings import Normalization
 from algorithms.weights import row_blocks
 
@@ -19,6 +19,9 @@ RowReader = Callable[[slice | Tensor], Tensor]
 
 _LANCZOS_STEPS = 60
 _LANCZOS_TOLERANCE = 1e-8
+_RANDOM_VECTORS = 16
+_POWERS = 4
+_CHANCE = 1e-9
 # Lanczos approaches the largest eigenvalue from below, and multiplies in float32.
 _CLAMP_MARGIN = 1.0 + 1e-5
 
@@ -37,7 +40,9 @@ class SafetyProjection:
         self.V = V
         self.basis: Tensor | None = None
         self.scale = 0.0  # 1/N after clamping; 0 where V = 0, so that C = 0
-        norm = V.norm()
+        # With N = ‖V‖_F the bound is nearly always asked for, and then costs no reading of its own.
+        bound = _LargestEigenvalueBound(V) if clamp and normalization == "fro" and V.factors() is None else None
+        norm = V.norm() if bound is None else bound.norm
         if norm == 0.0:
             return
         if normalization == "orthogonal":
@@ -48,7 +53,7 @@ class SafetyProjection:
         divisor = {"fro": norm, "numel": float(outputs * inputs), "in": float(inputs)}[normalization]
         # λ_max(C) = σ_max(V)²/N ≤ ‖V‖_F²/N: the cheap bound often settles it.
         if clamp and norm**2 > divisor:
-            divisor = _clamped(V, divisor)
+            divisor = _clamped(V, divisor, bound)
         self.scale = 1.0 / divisor
 
     @property
@@ -120,7 +125,7 @@ class ProjectedMatrix:
         return total.mul_(C.scale)
 
     def _blocks(self) -> Iterator[slice]:
-        return row_blocks(self._projection.V.module, BLOCK_BYTES)
+        return row_blocks(self._projection.V.module, STREAM_BYTES)
 
 
 def largest_singular_value(V: Difference) -> float:
@@ -131,18 +136,58 @@ def largest_singular_value(V: Difference) -> float:
     return float(max(_ritz_values(V), default=0.0) ** 0.5)
 
 
-def _clamped(V: Difference, divisor: float) -> float:
+def _clamped(V: Difference, divisor: float, bound: "_LargestEigenvalueBound | None") -> float:
     """max(divisor, σ_max²), without finding σ_max where it plainly stays below."""
     if V.factors() is not None:
         return max(divisor, largest_singular_value(V) ** 2)
-    # From a random start the largest Ritz value after m steps is below (1 − ε) λ_max with a chance of at most
-    # 1.648 √k exp(−√ε (2m − 1)) (Kuczyński and Woźniakowski 1992, theorem 4.2); here ε = 0.9 and a chance of 1e-9.
-    settled = math.ceil((math.log(1.648e9 * V.shape[1] ** 0.5) / 0.9**0.5 + 1) / 2)
-    estimate = 0.0
-    for step, estimate in enumerate(_ritz_values(V), start=1):
-        if step >= settled and estimate < 0.1 * divisor:
-            return divisor
-    return max(divisor, estimate * _CLAMP_MARGIN)
+    bound = bound or _LargestEigenvalueBound(V)
+    while bound.value >= divisor and bound.power < _POWERS:
+        bound.tighten()
+    if bound.value < divisor:
+        return divisor
+    return max(divisor, largest_singular_value(V) ** 2 * _CLAMP_MARGIN)
+
+
+class _LargestEigenvalueBound:
+    """An upper bound of λ = λ_max(VᵀV) from (VᵀV)^q Ω, one pass over V for each q; too low with a chance of 1e-9.
+
+    A column ω of Ω is normal, so ‖(VᵀV)^q ω‖ ≥ λ^q |vᵀω| for the leading eigenvector v, and vᵀω is normal too:
+    |vᵀω| < τ with a chance of at most τ √(2/π), all b columns together with the b-th power of that. τ is where
+    this is 1e-9, and λ ≤ (max_ω ‖(VᵀV)^q ω‖ / τ)^(1/q). (The argument is that of Dixon 1983, SIAM J. Numer. Anal. 20.)
+
+    Attributes:
+        norm: ‖V‖_F, from the first pass.
+        power: q.
+        value: the bound.
+    """
+
+    def __init__(self, V: Difference) -> None:
+        self._V = V
+        generator = torch.Generator().manual_seed(0)
+        self._vectors = torch.randn(V.shape[1], _RANDOM_VECTORS, generator=generator)
+        self._log_scale = 0.0
+        self.power = 0
+        self.norm = self._multiply() ** 0.5
+
+    def tighten(self) -> None:
+        """Raise q by one, which costs one pass over V."""
+        self._multiply()
+
+    def _multiply(self) -> float:
+        image = torch.zeros_like(self._vectors)
+        squares = 0.0
+        for _, rows in self._V.blocks():
+            squares += squared_norm(rows)
+            image.addmm_(rows.T, rows @ self._vectors)
+        self.power += 1
+        length = float(torch.linalg.vector_norm(image, dim=0, dtype=torch.float64).max())
+        if length > 0.0:
+            self._vectors = image / length
+            self._log_scale += math.log(length)
+        # The margin is for products in float32.
+        smallest = _CHANCE ** (1 / _RANDOM_VECTORS) * math.sqrt(math.pi / 2)
+        self.value = 1.001 * math.exp((self._log_scale - math.log(smallest)) / self.power) if length > 0.0 else 0.0
+        return squares
 
 
 def _ritz_values(V: Difference) -> Iterator[float]:

@@ -190,6 +190,22 @@ def read_exactly(file: BinaryIO, view: memoryview, path: Path) -> None:
         filled += count
 
 
+def read_range(path: Path, begin: int, view: memoryview) -> None:
+    """Fill `view` from byte `begin` of a file on.
+
+    Raises:
+        CheckpointError: the file cannot be read, or ends before.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            read_exactly(file, view, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}", "Check that it exists and may be read"
+        ) from error
+
+
 def _header_bytes(file: BinaryIO, path: Path, size: int) -> bytes:
     if size < LENGTH_BYTES:
         raise CheckpointError(f"{path} has {size} bytes, too few for a safetensors file", WRITTEN_AGAIN)

@@ -88,24 +88,24 @@ class CheckpointWeights:
         if isinstance(wanted, slice):
             return self._span(linear, wanted.start, wanted.stop)
         rows, order = torch.unique(wanted, return_inverse=True)
-        gap, width = self._span_limits(linear)
-        spans = _spans(rows, gap, width)
-        blocks = [self._span(linear, first, last)[picked - first] for first, last, picked in spans]
-        if not blocks:
+        if not len(rows):
             return torch.empty((0, linear.in_features))
-        return torch.cat(blocks)[order]
+        if linear.transposed:
+            return self._columns(linear, rows)[order]
+        ranges = [(first, last) for first, last, _ in _spans(rows, 1, linear.out_features)]
+        return self.checkpoint.read_ranges(linear.tensor, ranges).to(torch.float32)[order]
 
     def factors(self, module: str) -> LoraFactors | None:
         """None: a full checkpoint has no factors."""
         del module
         return None
 
-    def _span_limits(self, linear: LinearModule) -> tuple[int, int]:
-        """The gap at which scattered rows are read apart, and how many rows are read at once, in rows."""
-        if not linear.transposed:
-            return 1, linear.out_features
+    def _columns(self, linear: LinearModule, rows: Tensor) -> Tensor:
+        """Sorted distinct rows of a module whose rows are stored as columns."""
         item = TORCH_DTYPES[self.checkpoint.stored(linear.tensor).dtype].itemsize
-        return max(1, GAP_BYTES // item), max(1, BLOCK_BYTES // (item * linear.in_features))
+        gap, width = max(1, GAP_BYTES // item), max(1, BLOCK_BYTES // (item * linear.in_features))
+        spans = _spans(rows, gap, width)
+        return torch.cat([self._span(linear, first, last)[picked - first] for first, last, picked in spans])
 
     def _span(self, linear: LinearModule, start: int, stop: int) -> Tensor:
         if linear.transposed:

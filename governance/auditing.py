@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from algorithms.adapters import ADAPTER_CONFIG
 from governance.lineage_state import Recorded, recorded_state
-from governance.patch_artifact import open_artifact
+from governance.patch_artifact import PatchArtifact, open_artifact
 from governance.weight_state import changed_files
 from governance.working_files import measure_working
 from governance.workspace import Workspace
@@ -163,31 +165,36 @@ def _check_claims(
 ) -> Iterator[Finding]:
     """Every claim is a row of its patch's artifact, and every row of an applied patch is claimed."""
     names = {number: name for name, number in queries.module_ids(session, lineage.subject_id).items()}
-    held: dict[int, set[tuple[str, int]]] = {}
-    for module_id, neurons in claims.protected(session, lineage.id).items():
-        for neuron, patch_id in neurons.items():
-            held.setdefault(patch_id, set()).add((names.get(module_id, f"module id {module_id}"), neuron))
+    held: dict[int, dict[str, array[int]]] = {}
+    for claim in claims.claims(session, lineage.id):
+        name = names.get(claim.module_id, f"module id {claim.module_id}")
+        held.setdefault(claim.patch_id, {})[name] = claim.neurons
     applied = queries.applied_patches(session, lineage.id)
     for patch in applied:
-        claimed = held.pop(patch.id, set())
-        checked["protected neurons"] = checked.get("protected neurons", 0) + len(claimed)
+        claimed = held.pop(patch.id, {})
+        count = sum(len(neurons) for neurons in claimed.values())
+        checked["protected neurons"] = checked.get("protected neurons", 0) + count
         try:
-            rows = _artifact_rows(workspace.store.path(patch.artifact_digest or ""))
+            with open_artifact(workspace.store.path(patch.artifact_digest or "")) as artifact:
+                problems = list(islice(_disagreements(claimed, artifact), 5))
         except NeuronLedgerError:
             continue  # named by the check of artifacts
-        for module, neuron in sorted(claimed ^ rows)[:5]:
-            what = "claimed, but not in its artifact" if (module, neuron) in claimed else "written, but not claimed"
-            yield Finding(
-                "claims", f"patch {patch.sequence} of {lineage.name}", f"neuron {neuron} of {module} is {what}"
-            )
+        for problem in problems:
+            yield Finding("claims", f"patch {patch.sequence} of {lineage.name}", problem)
     for patch_id, orphans in held.items():
-        yield Finding("claims", lineage.name, f"{len(orphans)} neurons are claimed by patch id {patch_id}, not applied")
+        count = sum(len(neurons) for neurons in orphans.values())
+        yield Finding("claims", lineage.name, f"{count} neurons are claimed by patch id {patch_id}, not applied")
     checked["patches applied"] = checked.get("patches applied", 0) + len(applied)
 
 
-def _artifact_rows(path: Path) -> set[tuple[str, int]]:
-    with open_artifact(path) as artifact:
-        return {(module.name, row) for module in artifact.modules for row in artifact.rows(module.name).tolist()}
+def _disagreements(claimed: Mapping[str, "array[int]"], artifact: PatchArtifact) -> Iterator[str]:
+    written = {module.name for module in artifact.modules}
+    for module in sorted(claimed.keys() | written):
+        neurons = set(claimed.get(module, ()))
+        rows = set(artifact.rows(module).tolist()) if module in written else set()
+        for neuron in sorted(neurons ^ rows):
+            what = "claimed, but not in its artifact" if neuron in neurons else "written, but not claimed"
+            yield f"neuron {neuron} of {module} is {what}"
 
 
 def _check_registration(model: Model, events: list[ledger.Event]) -> Iterator[Finding]:

@@ -9,18 +9,20 @@ from importlib.metadata import version
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sqlalchemy.orm import Session
 from torch import nn
 
 from algorithms.calibration import CalibrationItem, calibration_items, padding_id
 from algorithms.fgsn import Identification, ModuleIdentification, identify
 from algorithms.generation import generate
+from algorithms.identifications import StoredIdentification
 from algorithms.loading import load_model, load_tokenizer
 from algorithms.settings import FgsnSettings, ModelRole
 from governance.errors import InputError, SpaceError
 from governance.lineage_state import LineageState, read_lineage
 from governance.prompt_sets import PromptRow, canonical_rows, parse_canonical
+from governance.tensor_file import TensorFile
 from governance.workspace import Workspace
 from registry import ledger, queries
 from registry.bulk import insert_rows
@@ -172,9 +174,11 @@ def run_identification(
             return _summary(session.get_one(IdentificationRecord, record.id), reused=False)
 
 
-def load_identification(workspace: Workspace, artifact_digest: str, summary: Mapping[str, Any]) -> Identification:
-    """Read an identification's tensors back, checked against their digest."""
-    return Identification.from_parts(summary["found"], load_file(workspace.store.verify(artifact_digest)))
+def stored_identification(
+    workspace: Workspace, artifact_digest: str, summary: Mapping[str, Any]
+) -> StoredIdentification:
+    """Open an identification's tensors, checked against their digest."""
+    return StoredIdentification(summary["found"], TensorFile(workspace.store.verify(artifact_digest)))
 
 
 def settings_digest(settings: FgsnSettings) -> str:
@@ -300,7 +304,7 @@ def _record_details(
             identification_id,
             lineage.module_ids[module.module],
             module,
-            lineage.protected_by.get(module.module, {}),
+            lineage.holders(module.module),
         )
         insert_rows(session, IdentifiedNeuron, rows)
 

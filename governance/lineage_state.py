@@ -46,8 +46,8 @@ class LineageState:
     Attributes:
         subject, aligned, base: effective weights of the registered models.
         head: effective weights of the working checkpoint.
-        protected: module name → (n) int64 rows that applied patches claim.
-        protected_by: module name → row → id of the patch that claims it.
+        protected: module name → (n) int64 ascending, the rows that applied patches claim.
+        protectors: module name → (n) int64, the id of the patch that claims each.
         patch_dimensions: patch id → name of its dimension.
         applied: of an adapter, the artifacts of the applied patches in sequence order, from which it is composed.
         recorded: the working checkpoint as last recorded.
@@ -69,7 +69,7 @@ class LineageState:
     base: CheckpointWeights | AdapterWeights
     head: CheckpointWeights | AdapterWeights
     protected: Mapping[str, Tensor]
-    protected_by: Mapping[str, Mapping[int, int]]
+    protectors: Mapping[str, Tensor]
     patch_dimensions: Mapping[int, str]
     applied: tuple[Path, ...]
     recorded: Recorded
@@ -78,6 +78,20 @@ class LineageState:
     def is_adapter(self) -> bool:
         """Whether the subject is a LoRA adapter."""
         return isinstance(self.subject, AdapterWeights)
+
+    def holders(self, module: str) -> dict[int, int]:
+        """Row → id of the patch that claims it, of one module."""
+        if module not in self.protected:
+            return {}
+        return dict(zip(self.protected[module].tolist(), self.protectors[module].tolist(), strict=True))
+
+    def holding(self, module: str, rows: Tensor) -> dict[int, int]:
+        """Id of each patch that claims any of `rows` (n) int64 → how many it claims."""
+        if module not in self.protected:
+            return {}
+        found = self.protectors[module][torch.isin(self.protected[module], rows)]
+        patches, counts = torch.unique(found, return_counts=True)
+        return dict(zip(patches.tolist(), counts.tolist(), strict=True))
 
 
 def read_lineage(workspace: Workspace, name: str) -> LineageState:
@@ -98,7 +112,7 @@ def read_lineage(workspace: Workspace, name: str) -> LineageState:
                 require_unchanged(model.base_model)
         require_working_unchanged(lineage)
         identifiers = queries.module_ids(session, lineage.subject_id)
-        protected, protected_by = _protection(session, lineage, {number: name for name, number in identifiers.items()})
+        protected, protectors = _protection(session, lineage, {number: name for name, number in identifiers.items()})
         return LineageState(
             lineage_id=lineage.id,
             name=lineage.name,
@@ -116,7 +130,7 @@ def read_lineage(workspace: Workspace, name: str) -> LineageState:
             base=weights_of(lineage.base),
             head=open_weights(Path(lineage.working_path), _location(lineage.subject).base_path),
             protected=protected,
-            protected_by=protected_by,
+            protectors=protectors,
             patch_dimensions={patch.id: patch.dimension.name for patch in queries.list_patches(session, lineage.id)},
             applied=applied_artifacts(workspace, session, lineage.id) if lineage.subject.kind == "adapter" else (),
             recorded=recorded_state(lineage),
@@ -194,7 +208,16 @@ def _location(model: Model) -> ModelLocation:
 
 def _protection(
     session: Session, lineage: Lineage, names: Mapping[int, str]
-) -> tuple[dict[str, Tensor], dict[str, dict[int, int]]]:
-    held = {names[module]: neurons for module, neurons in claims.protected(session, lineage.id).items() if neurons}
-    rows = {name: torch.tensor(sorted(neurons), dtype=torch.int64) for name, neurons in held.items()}
-    return rows, held
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    rows: dict[str, list[Tensor]] = {}
+    patches: dict[str, list[Tensor]] = {}
+    for claim in claims.claims(session, lineage.id):
+        neurons = torch.frombuffer(claim.neurons, dtype=torch.int64)
+        rows.setdefault(names[claim.module_id], []).append(neurons)
+        patches.setdefault(names[claim.module_id], []).append(torch.full_like(neurons, claim.patch_id))
+    protected: dict[str, Tensor] = {}
+    protectors: dict[str, Tensor] = {}
+    for name, parts in rows.items():
+        protected[name], order = torch.cat(parts).sort()
+        protectors[name] = torch.cat(patches[name])[order]
+    return protected, protectors

@@ -6,7 +6,6 @@ of lora_B: `old` (n, r), and `new` (n, r + e) over [A ; E], with `MODULE/extensi
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,9 +16,8 @@ import torch
 from torch import Tensor
 
 from algorithms.errors import CheckpointError
-from algorithms.safetensors_files import StoredTensor, read_header
 from governance.errors import InputError
-from governance.tensor_file import DTYPES, TensorFileWriter, TensorSpec
+from governance.tensor_file import TensorFile, TensorFileWriter, TensorSpec
 
 FORMAT = "neuronledger-patch"
 VERSION = 1
@@ -99,15 +97,11 @@ class ArtifactWriter(TensorFileWriter):
 
 
 class PatchArtifact:
-    """An open patch artifact; rows are read as they are asked for, and by several threads if need be."""
+    """A patch artifact; rows are read as they are asked for, and by several threads if need be."""
 
-    def __init__(
-        self, path: Path, header: ArtifactHeader, tensors: Mapping[str, StoredTensor], descriptor: int
-    ) -> None:
-        self.path = path
+    def __init__(self, file: TensorFile, header: ArtifactHeader) -> None:
         self.header = header
-        self._tensors = tensors
-        self._descriptor = descriptor
+        self._file = file
         self._modules: Mapping[str, ArtifactModule] = {module.name: module for module in header.modules}
 
     @property
@@ -121,15 +115,15 @@ class PatchArtifact:
 
     def rows(self, module: str) -> Tensor:
         """Return the changed rows (n) int64, ascending."""
-        return self._read(f"{module}/rows")
+        return self._file.read(f"{module}/rows")
 
     def values(self, module: str, side: Side, first: int = 0, last: int | None = None) -> Tensor:
         """Return rows `first..last` of the changed rows, in the file's dtype."""
-        return self._read(f"{module}/{side}", first, last)
+        return self._file.read(f"{module}/{side}", first, last)
 
     def columns(self, module: str, side: Side, first: int, last: int) -> Tensor:
         """Return the entries `first..last` of all changed rows, in the file's dtype."""
-        stored = self._tensors[f"{module}/{side}"]
+        stored = self._file.stored[f"{module}/{side}"]
         height = max(1, BLOCK_BYTES // stored.row_bytes)
         pieces = [
             self.values(module, side, start, min(start + height, stored.shape[0]))[:, first:last].clone()
@@ -139,20 +133,7 @@ class PatchArtifact:
 
     def extension(self, module: str) -> Tensor | None:
         """Return the rows (e, in) that lora_A gains, if any."""
-        return self._read(f"{module}/extension") if self._modules[module].extension else None
-
-    def _read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        stored = self._tensors[name]
-        last = stored.shape[0] if last is None else last
-        content = torch.empty((last - first) * stored.row_bytes, dtype=torch.uint8)
-        view = content.numpy().data
-        offset = stored.begin + first * stored.row_bytes
-        while view:
-            count = os.preadv(self._descriptor, [view], offset)
-            if not count:
-                raise InputError(f"{self.path} ends early", "restore the artifact store from a copy")
-            view, offset = view[count:], offset + count
-        return content.view(DTYPES[stored.dtype]).view(last - first, *stored.shape[1:])
+        return self._file.read(f"{module}/extension") if self._modules[module].extension else None
 
 
 @contextmanager
@@ -163,24 +144,22 @@ def open_artifact(path: Path) -> Iterator[PatchArtifact]:
         InputError: the file is no patch artifact, or one of another version.
     """
     try:
-        file = read_header(path)
+        file = TensorFile(path)
+        header = ArtifactHeader.from_json(file.metadata.get(FORMAT, ""), path)
+        for spec in _specs(header):
+            held = file.stored.get(spec.name)
+            if held is None or (held.dtype, held.shape) != (spec.dtype, spec.shape):
+                raise InputError(
+                    f"{path} does not hold the tensor {spec.name} that its header declares",
+                    "restore the artifact store from a copy",
+                )
+        yield PatchArtifact(file, header)
     except CheckpointError as error:
+        if str(path) not in error.problem:
+            raise
         raise InputError(
             f"{path} is not a patch artifact ({error.problem})", "restore the artifact store from a copy"
         ) from error
-    header = ArtifactHeader.from_json((file.metadata or {}).get(FORMAT, ""), path)
-    for spec in _specs(header):
-        held = file.tensors.get(spec.name)
-        if held is None or (held.dtype, held.shape) != (spec.dtype, spec.shape):
-            raise InputError(
-                f"{path} does not hold the tensor {spec.name} that its header declares",
-                "restore the artifact store from a copy",
-            )
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield PatchArtifact(path, header, file.tensors, descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _specs(header: ArtifactHeader) -> Iterator[TensorSpec]:

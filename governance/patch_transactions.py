@@ -123,7 +123,9 @@ def finish_apply(workspace: Workspace, plan: PatchPlan, patch_id: int, after: Fi
         patch = session.get_one(Patch, patch_id)
         lineage = patch.lineage
         locks.release(session, lineage.id, token)
-        claims.claim(session, lineage.id, patch_id, {module.module_id: module.rows.tolist() for module in plan.touched})
+        claims.claim(
+            session, lineage.id, patch_id, {module.module_id: module.rows.numpy().data for module in plan.touched}
+        )
         patch.state = "applied"
         patch.digest_after = after.digest
         patch.applied_at = workspace.clock()

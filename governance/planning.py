@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from algorithms.fgsn import Identification, ModuleIdentification
+from algorithms.differences import squared_norm
+from algorithms.identifications import StoredIdentification
 from algorithms.operations import RowEditor
 from algorithms.selection import new_rows
 from algorithms.settings import FgsnSettings
 from algorithms.weights import AdapterWeights
 from governance.errors import PlanError, SpaceError
-from governance.identification import load_identification
+from governance.identification import stored_identification
 from governance.lineage_state import LineageState, read_lineage
 from governance.patch_artifact import ArtifactHeader, ArtifactModule, ArtifactWriter
 from governance.tensor_file import DTYPES
@@ -65,7 +66,7 @@ class PatchPlan:
     dimension: str
     dimension_id: int
     identification_id: int
-    identification: Identification
+    identification: StoredIdentification
     settings: FgsnSettings
     settings_digest: str
     modules: tuple[ModulePlan, ...]
@@ -166,14 +167,12 @@ def _plan(workspace: Workspace, lineage_name: str, identification_id: int) -> Pa
         dimension_id, dimension_name, digest = dimension.id, dimension.name, record.settings_digest
     if artifact is None:
         raise PlanError(f"identification {identification_id} has no artifact", "identify again")
-    found = load_identification(workspace, artifact, summary)
-    modules = tuple(_module_plan(lineage, module) for module in found.modules)
-    holders = Counter(
-        lineage.patch_dimensions[lineage.protected_by[module.module][row]]
-        for module in found.modules
-        for row in module.selected.tolist()
-        if row in lineage.protected_by.get(module.module, {})
-    )
+    found = stored_identification(workspace, artifact, summary)
+    modules = tuple(_module_plan(lineage, module, found.selected(module)) for module in found.modules)
+    holders: Counter[str] = Counter()
+    for module in found.modules:
+        for patch_id, count in lineage.holding(module, found.selected(module)).items():
+            holders[lineage.patch_dimensions[patch_id]] += count
     return PatchPlan(
         lineage=lineage,
         dimension=dimension_name,
@@ -205,14 +204,14 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
     require_space(workspace.store.directory, 2 * plan.bytes)
     require_space(lineage.working, 2 * plan.bytes if lineage.is_adapter else 0)
     with workspace.store.writer() as path:
-        editors = {module.module: _editor(plan, module) for module in plan.touched}
-        header = _header(plan, editors)
+        planned = {module.module: module for module in plan.touched}
+        header = _header(plan)
         outcomes = []
         try:
             with ArtifactWriter(path, header) as writer:
                 for done, module in enumerate(header.modules):
                     workspace.progress("computing rows", done, len(header.modules))
-                    outcomes.append(_write_module(writer, lineage, module, editors[module.name]))
+                    outcomes.append(_write_module(writer, lineage, module, _editor(plan, planned[module.name])))
         except OSError as error:
             raise SpaceError(
                 f"the patch artifact in {workspace.store.directory} cannot be written ({error.strerror or error})",
@@ -241,18 +240,18 @@ def require_head(lineage: Lineage, planned: LineageState) -> None:
         )
 
 
-def _module_plan(lineage: LineageState, found: ModuleIdentification) -> ModulePlan:
-    rows = new_rows(found.selected, lineage.protected.get(found.module))
-    module = lineage.subject.modules[found.module]
-    stored = _stored_tensor(lineage, found.module)
+def _module_plan(lineage: LineageState, name: str, selected: Tensor) -> ModulePlan:
+    rows = new_rows(selected, lineage.protected.get(name))
+    module = lineage.subject.modules[name]
+    stored = _stored_tensor(lineage, name)
     width = module.in_features if stored is None else stored.shape[1]
     item = DTYPES[stored.dtype].itemsize if stored is not None else _item_size(lineage, module.tensor)
     return ModulePlan(
-        module=found.module,
-        module_id=lineage.module_ids[found.module],
+        module=name,
+        module_id=lineage.module_ids[name],
         rows=rows,
-        selected=len(found.selected),
-        protected=len(found.selected) - len(rows),
+        selected=len(selected),
+        protected=len(selected) - len(rows),
         parameters=len(rows) * module.in_features,
         bytes=len(rows) * width * item,
     )
@@ -272,7 +271,6 @@ def _stored_tensor(lineage: LineageState, module: str) -> Any:
 
 def _editor(plan: PatchPlan, module: ModulePlan) -> RowEditor:
     lineage = plan.lineage
-    found = next(found for found in plan.identification.modules if found.module == module.module)
     # Rows that nobody claims are the subject's own at every head, so rows are always computed from the subject.
     return RowEditor(
         lineage.subject,
@@ -281,18 +279,18 @@ def _editor(plan: PatchPlan, module: ModulePlan) -> RowEditor:
         module.module,
         module.rows,
         plan.settings,
-        found.statistics,
+        plan.identification.statistics(module.module),
     )
 
 
-def _header(plan: PatchPlan, editors: Mapping[str, RowEditor]) -> ArtifactHeader:
+def _header(plan: PatchPlan) -> ArtifactHeader:
     lineage = plan.lineage
     modules = []
     for planned in plan.touched:
         linear = lineage.subject.modules[planned.module]
         factor = _stored_tensor(lineage, planned.module)
         stored = factor or checkpoint_of(lineage.subject).checkpoint.stored(linear.tensor)
-        extension = editors[planned.module].extension
+        extension = _editor(plan, planned).extension if lineage.is_adapter else None
         modules.append(
             ArtifactModule(
                 name=planned.module,
@@ -331,9 +329,9 @@ def _write_module(
         writer.put(f"{module.name}/new", new, position)
         padded = torch.cat([old, old.new_zeros(len(old), new.shape[1] - old.shape[1])], dim=1)
         unchanged += int((_bits(padded) == _bits(new)).all(dim=1).sum())
-        change += float((new.double() - padded.double()).square().sum())
-        before += float(old.double().square().sum())
-        after += float(new.double().square().sum())
+        change += squared_norm(new.float() - padded.float())
+        before += squared_norm(old)
+        after += squared_norm(new)
         position += len(edit.rows)
     return ModuleOutcome(
         module=module.name,

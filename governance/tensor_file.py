@@ -6,7 +6,7 @@ JSON header and the bytes, so shapes that are known beforehand are enough to wri
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from algorithms.safetensors_files import read_header, read_range
 from registry.files import write_at
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
@@ -54,6 +55,56 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for; nothing of the file stays in memory.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its header is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        header = read_header(path)
+        self.metadata: Mapping[str, str] = header.metadata or {}
+        self.stored = header.tensors
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Read a tensor, or the indices `first..last` of its first dimension.
+
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointError: the file cannot be read, or ends early.
+        """
+        stored = self.stored[name]
+        last = stored.shape[0] if last is None else last
+        content = torch.empty((last - first) * stored.row_bytes, dtype=torch.uint8)
+        begin = stored.begin + first * stored.row_bytes
+        read_range(self.path, begin, content.numpy().data)
+        return content.view(DTYPES[stored.dtype]).view(last - first, *stored.shape[1:])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands before the first tensor of a safetensors file whose tensors lie in this order."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    position = 0
+    for spec in specs:
+        end = position + spec.bytes
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), sort_keys=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 class TensorFileWriter:
     """Writes one safetensors file whose tensors are all declared first.
 
@@ -68,20 +119,16 @@ class TensorFileWriter:
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
         self._offsets: dict[str, tuple[int, TensorSpec]] = {}
-        header: dict[str, object] = {"__metadata__": dict(metadata)}
         position = 0
         for spec in specs:
-            end = position + spec.bytes
-            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
             self._offsets[spec.name] = (position, spec)
-            position = end
-        text = json.dumps(header, separators=(",", ":"), sort_keys=False).encode()
-        text += b" " * (-len(text) % 8)
-        self._begin = 8 + len(text)
+            position += spec.bytes
+        prefix = header_bytes(specs, metadata)
+        self._begin = len(prefix)
         self._length = self._begin + position
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            write_at(self._descriptor, len(text).to_bytes(8, "little") + text, 0)
+            write_at(self._descriptor, prefix, 0)
             os.ftruncate(self._descriptor, self._length)
         except OSError:
             os.close(self._descriptor)

@@ -17,6 +17,7 @@ from algorithms import checkpoints
 from algorithms.checkpoints import Checkpoint, find_nonfinite, read_stored, require_finite
 from algorithms.errors import CheckpointError, NonFiniteError, UnsupportedModelError
 from algorithms.safetensors_files import MAX_HEADER_BYTES, read_header
+from algorithms.weights import CheckpointWeights
 from tests import tiny_models
 
 INDEX = "model.safetensors.index.json"
@@ -58,6 +59,8 @@ def test_tensors_rows_and_columns_are_read_exactly(tmp_path, dtype):
         assert torch.equal(checkpoint.read(name, 1, 5), expected[1:5])
         assert torch.equal(checkpoint.read(name, 3), expected[3:])
         assert torch.equal(checkpoint.read(name, None, 0), expected[:0])
+        assert torch.equal(checkpoint.read_ranges(name, [(3, 5), (6, 6), (1, 2)]), expected[[3, 4, 1]])
+        assert torch.equal(checkpoint.read_ranges(name, []), expected[:0])
         raw = (path / stored.file).read_bytes()[stored.begin : stored.end]
         assert raw == expected.view(torch.uint8).numpy().tobytes()
         if expected.dim() == 2:
@@ -77,6 +80,21 @@ def test_rows_outside_a_tensor_are_refused(whole, start, stop):
         checkpoint.read("model.embed_tokens.weight", start, stop)
     with pytest.raises(IndexError):
         checkpoint.read_columns("lm_head.weight", start, stop)
+    with pytest.raises(IndexError):
+        checkpoint.read_ranges("lm_head.weight", [(0, 1), (start, stop)])
+
+
+def test_scattered_rows_open_their_file_once(whole, monkeypatch):
+    weights = CheckpointWeights(Checkpoint.open(whole))
+    name = "model.layers.0.mlp.gate_proj"
+    every = weights.rows(name, slice(None))
+    opened = []
+    real_open = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, *given, **named: opened.append(path) or real_open(path, *given, **named)
+    )
+    assert torch.equal(weights.rows(name, torch.tensor([20, 3, 5, 4, 20])), every[[20, 3, 5, 4, 20]])
+    assert len(opened) == 1
 
 
 def test_columns_of_a_vector_are_refused(whole):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from algorithms import differences
-from algorithms.differences import Difference, same_checkpoint
+from algorithms.differences import Difference, require_finite_values, same_checkpoint
 from algorithms.errors import NonFiniteError
 from algorithms.weights import LoraFactors
 from tests.algorithms.fakes import full, lora, low_rank, noise
@@ -48,7 +48,7 @@ def test_adapters_with_one_basis_share_it() -> None:
 
 
 def test_blocks_cover_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(differences, "BLOCK_BYTES", 4 * 5 * 3)
+    monkeypatch.setattr(differences, "STREAM_BYTES", 4 * 5 * 3)
     difference = Difference(BASE, OTHER, "m")
     blocks = list(difference.blocks())
     assert [(block.start, block.stop) for block, _ in blocks] == [(0, 3), (3, 6), (6, 7)]
@@ -63,3 +63,15 @@ def test_nan_and_infinity_are_refused_by_module_name(bad: float) -> None:
     factors = ONE.lora["m"]
     with pytest.raises(NonFiniteError, match="lora_B of m"):
         Difference(lora("bad", BASE, m=LoraFactors(factors.A, factors.B * bad, 1.0)), BASE, "m")
+
+
+@pytest.mark.parametrize("values", [[1.0, float("nan")], [float("inf"), float("-inf")], [float("-inf"), 3e38, 3e38]])
+def test_no_sum_hides_nan_or_infinity(values: list[float]) -> None:
+    with pytest.raises(NonFiniteError, match="The row of m holds NaN"):
+        require_finite_values(torch.tensor(values), "m", "The row")
+
+
+@pytest.mark.parametrize("values", [[3e38, 3e38, -1.0], []])
+def test_finite_values_pass_even_where_their_sum_overflows(values: list[float]) -> None:
+    given = torch.tensor(values)
+    assert require_finite_values(given, "m", "The row") is given

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from algorithms.calibration import CalibrationItem, calibration_items, padding_id
 from algorithms.errors import CalibrationError, MismatchError, SettingsError
 from algorithms.fgsn import Identification, identify
+from algorithms.identifications import StoredIdentification
 from algorithms.loading import linear_module, load_model
 from algorithms.operations import edit_rows
 from algorithms.settings import PRESETS, FgsnSettings, ModelRole
@@ -236,7 +237,18 @@ def test_an_identification_survives_storage(full_lineage: Lineage, tmp_path: Pat
     found = run(full_lineage, settings)
     save_file(found.tensors(), tmp_path / "found.safetensors")
     summary = json.loads(json.dumps(found.summary()))
-    again = Identification.from_parts(summary, load_file(tmp_path / "found.safetensors"))
+    stored = StoredIdentification(summary, load_file(tmp_path / "found.safetensors"))
+    for part in found.modules:
+        assert torch.equal(stored.selected(part.module), part.selected)
+        again_statistics, statistics = stored.statistics(part.module), part.statistics
+        for one, two in (
+            (again_statistics.input_norms, statistics.input_norms),
+            (again_statistics.directions, statistics.directions),
+        ):
+            assert (one is None) == (two is None)
+            assert one is None or two is None or torch.equal(one, two)
+    assert stored.modules == tuple(part.module for part in found.modules)
+    again = stored.whole()
     assert again.summary() == found.summary()
     assert again.settings == settings
     one, two = found.tensors(), again.tensors()
@@ -249,9 +261,9 @@ def test_a_damaged_record_is_refused(full_lineage: Lineage) -> None:
     tensors = found.tensors()
     tensors.pop(f"scores/{found.modules[0].module}")
     with pytest.raises(SettingsError, match="stored identification"):
-        Identification.from_parts(found.summary(), tensors)
+        StoredIdentification(found.summary(), tensors)
     with pytest.raises(SettingsError, match="stored identification"):
-        Identification.from_parts({**found.summary(), "settings": {"score": "luck"}}, found.tensors())
+        StoredIdentification({**found.summary(), "settings": {"score": "luck"}}, found.tensors())
 
 
 @pytest.mark.parametrize("name", ["full_lineage", "adapter_lineage", "continued_lineage"])

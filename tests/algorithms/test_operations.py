@@ -1,5 +1,6 @@
 """The invariants of the projection: what may change, what must come back exactly, and that all forms agree."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -288,8 +289,10 @@ def test_blocks_of_rows_give_what_all_rows_give(monkeypatch: pytest.MonkeyPatch)
         for entries in (None, 0.3)
     ]
     whole = [edit_rows(subject, aligned, base, "m", rows, chosen, statistics).values for chosen in variants]
-    for part in (differences, projection, operations):
+    for part in (differences, operations):
         monkeypatch.setattr(part, "BLOCK_BYTES", 4 * 6 * 7)
+    for part in (differences, operations, projection):
+        monkeypatch.setattr(part, "STREAM_BYTES", 4 * 6 * 7)
     for chosen, expected in zip(variants, whole, strict=True):
         edits = list(RowEditor(subject, aligned, base, "m", rows, chosen, statistics).edits())
         assert [len(edit.rows) for edit in edits] == [7, 7, 6]
@@ -305,6 +308,25 @@ def test_a_full_target_moves_rows_towards_their_projection() -> None:
         subject.weights["m"], aligned.weights["m"], dense_operator(aligned, base, chosen), None, chosen
     )
     torch.testing.assert_close(edit.values.double(), expected[[2, 5]], atol=1e-5, rtol=1e-5)
+
+
+def test_editors_that_wait_hold_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan makes the editors of all modules before the first computes; only the one at work may hold a difference."""
+    held: list[weakref.ref[Difference]] = []
+
+    class Watched(Difference):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            held.append(weakref.ref(self))
+
+    monkeypatch.setattr(operations, "Difference", Watched)
+    models = three_models(8, 6, seed=2)
+    chosen = FgsnSettings(operation="project")
+    editors = [RowEditor(*models, "m", torch.tensor([row]), chosen) for row in range(3)]
+    assert held == []
+    for done, editor in enumerate(editors, start=1):
+        assert len(list(editor.edits())) == 1
+        assert [reference() for reference in held] == [None] * done
 
 
 def test_a_subspace_without_directions_changes_nothing() -> None:

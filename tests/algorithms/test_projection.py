@@ -1,5 +1,7 @@
 """The operator C, and the leading directions of a Gram matrix."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 from algorithms import differences, projection
 from algorithms.differences import Difference
 from algorithms.projection import SafetyProjection, largest_singular_value, leading_directions, orthogonal_to
-from tests.algorithms.fakes import full, lora, low_rank, noise
+from tests.algorithms.fakes import FullWeights, full, lora, low_rank, noise
 
 shapes = st.tuples(st.integers(2, 14), st.integers(2, 14))
 seeds = st.integers(0, 10_000)
@@ -91,6 +93,73 @@ def test_a_large_operator_is_clamped_only_where_it_would_expand(scale: float, cl
     assert found * largest <= 1 + 1e-6
 
 
+@settings(max_examples=60, deadline=None)
+@given(shapes, seeds, st.sampled_from([1e-12, 0.01, 1.0, 30.0, 1e12]), st.floats(0.0, 3.0))
+def test_the_quick_bound_is_never_below_the_largest_eigenvalue(
+    shape: tuple[int, int], seed: int, scale: float, decay: float
+) -> None:
+    spectrum = torch.arange(1.0, 1 + shape[1]) ** -decay
+    V = Difference(
+        full("aligned", m=scale * noise(*shape, seed=seed) * spectrum), full("base", m=torch.zeros(shape)), "m"
+    )
+    dense = V.rows(slice(0, shape[0])).double()
+    largest = float(torch.linalg.svdvals(dense)[0]) ** 2
+    bound = projection._LargestEigenvalueBound(V)
+    assert bound.norm == pytest.approx(float(dense.norm()))
+    for _ in range(projection._POWERS):
+        assert bound.value >= largest
+        bound.tighten()
+
+
+def test_the_quick_bound_settles_a_flat_spectrum_in_the_pass_that_finds_the_norm() -> None:
+    V = directions((400, 300), 2, factored=False, scale=0.01)
+    bound = projection._LargestEigenvalueBound(V)
+    dense = V.rows(slice(0, 400)).double()
+    largest = float(torch.linalg.svdvals(dense)[0]) ** 2
+    assert largest <= bound.value < bound.norm < bound.norm**2
+    while bound.power < projection._POWERS:
+        looser = bound.value
+        bound.tighten()
+        assert bound.value < looser
+    assert bound.value < 4 * largest
+
+
+def test_the_quick_bound_of_nothing_is_zero() -> None:
+    bound = projection._LargestEigenvalueBound(
+        Difference(full("x", m=torch.zeros(3, 4)), full("y", m=torch.zeros(3, 4)), "m")
+    )
+    bound.tighten()
+    assert (bound.norm, bound.value) == (0.0, 0.0)
+
+
+@dataclass
+class CountedWeights(FullWeights):
+    """Counts how many rows are read."""
+
+    rows_read: int = 0
+
+    def rows(self, module: str, index: slice | Tensor) -> Tensor:
+        found = super().rows(module, index)
+        self.rows_read += len(found)
+        return found
+
+
+def test_projecting_some_rows_reads_each_model_twice_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass finds norm and bound, one multiplies; the selected rows themselves are read beside."""
+    for part in (differences, projection):
+        monkeypatch.setattr(part, "STREAM_BYTES", 4 * 300 * 32)
+    monkeypatch.setattr(differences, "BLOCK_BYTES", 0)
+    base = CountedWeights(Path("/models/base"), {"m": noise(400, 300, seed=1)})
+    aligned = CountedWeights(Path("/models/aligned"), {"m": base.weights["m"] + noise(400, 300, seed=2, scale=0.01)})
+    update = noise(400, 300, seed=3)
+    wanted = torch.arange(0, 400, 20)
+    C = SafetyProjection(Difference(aligned, base, "m"), "fro")
+    found = C.of(lambda index: update[index], 300).rows(wanted)
+    V = (aligned.weights["m"] - base.weights["m"]).double()
+    torch.testing.assert_close(found.double(), (V[wanted] @ V.T @ update.double()) / V.norm(), atol=1e-5, rtol=1e-5)
+    assert aligned.rows_read == base.rows_read == 2 * 400 + len(wanted)
+
+
 @pytest.mark.parametrize("shape", [(30, 8), (8, 30)])
 @pytest.mark.parametrize("normalization", ["fro", "numel", "in", "orthogonal"])
 @pytest.mark.parametrize("columns", [2, 30])
@@ -105,8 +174,9 @@ def test_streaming_by_blocks_changes_nothing(
         return C.of(lambda index: M[index], columns).rows(wanted)
 
     whole = rows()
+    monkeypatch.setattr(differences, "BLOCK_BYTES", 0)
     for part in (differences, projection):
-        monkeypatch.setattr(part, "BLOCK_BYTES", 4 * shape[1] * 3)
+        monkeypatch.setattr(part, "STREAM_BYTES", 4 * shape[1] * 3)
     torch.testing.assert_close(rows(), whole, atol=1e-5, rtol=1e-5)
 
 

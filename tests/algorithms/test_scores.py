@@ -31,7 +31,7 @@ def test_wanda_weighs_every_entry_by_the_norm_of_its_input(monkeypatch: pytest.M
 
 
 def test_damage_is_the_mean_energy_that_the_update_adds_to_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(differences, "BLOCK_BYTES", 4 * 5 * 2)
+    monkeypatch.setattr(differences, "STREAM_BYTES", 4 * 5 * 2)
     expected = (X @ U.T).square().mean(dim=0) / 5
     torch.testing.assert_close(damage_scores(Difference(SUBJECT, ALIGNED, "m"), G), expected)
 

@@ -46,7 +46,7 @@ FORMS_OF_OPERATIONS = [
 
 def _expected_rows(scenario: Scenario, plan: PatchPlan) -> dict[str, dict[int, torch.Tensor]]:
     """Effective rows that `edit_rows` gives the plan's neurons, in float32."""
-    state, found = plan.lineage, {module.module: module for module in plan.identification.modules}
+    state = plan.lineage
     expected: dict[str, dict[int, torch.Tensor]] = {}
     for module in plan.touched:
         edit = edit_rows(
@@ -56,7 +56,7 @@ def _expected_rows(scenario: Scenario, plan: PatchPlan) -> dict[str, dict[int, t
             module.module,
             module.rows,
             plan.settings,
-            found[module.module].statistics,
+            plan.identification.statistics(module.module),
         )
         factors = state.subject.factors(module.module)
         assert factors is not None

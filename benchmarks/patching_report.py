@@ -1,0 +1,248 @@
+"""The figures of the patching benchmark: kept in a JSON file, printed as tables, and set against what is wanted."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from patching_measure import MIB, Cost
+from patching_records import LAYOUTS
+from rich.console import Console
+from rich.table import Table
+
+PHASES = ("plan", "apply", "revert", "verify")
+MEMORY_LIMIT = 3 * 32 + 64
+"""MiB beyond imports that planning and patching may take (design, section 6): three row blocks and 64 MiB."""
+SPREAD, SHARE_OF_LOAD_AND_SAVE, PROJECTION_GAIN, REFERENCE_SIZE = 0.2, 0.25, 10.0, 4.0
+
+
+class Results:
+    """Costs by key, `(size, layout, operation, phase)` or shorter, kept in a file as they come."""
+
+    def __init__(self, path: Path, parameters: dict[str, Any], machine: dict[str, str]) -> None:
+        self._path = path
+        self.parameters = parameters
+        self.machine = machine
+        self.costs: dict[str, Cost] = {}
+        self.bytes: dict[str, int] = {}
+
+    @classmethod
+    def open(cls, path: Path, parameters: dict[str, Any], machine: dict[str, str]) -> "Results":
+        """Go on with what the file holds, if it was measured with the same parameters."""
+        results = cls(path, parameters, machine)
+        if path.is_file():
+            held = json.loads(path.read_text())
+            if held["parameters"] == parameters:
+                results.costs = {key: Cost(**cost) for key, cost in held["costs"].items()}
+                results.bytes = held["bytes"]
+        return results
+
+    @property
+    def key(self) -> str:
+        """What tells whether two measurements belong together."""
+        return json.dumps(self.parameters, sort_keys=True)
+
+    @property
+    def sizes(self) -> list[float]:
+        """The sizes measured, ascending."""
+        return sorted(float(size) for size in self.bytes)
+
+    def has(self, *key: object) -> bool:
+        """Whether a phase was measured."""
+        return _joined(key) in self.costs
+
+    def get(self, *key: object) -> Cost | None:
+        """What a phase took."""
+        return self.costs.get(_joined(key))
+
+    def add(self, key: tuple[object, ...], cost: Cost) -> None:
+        """Keep what a phase took."""
+        self.costs[_joined(key)] = cost
+        self._save()
+
+    def note_bytes(self, size: object, count: int) -> None:
+        """Keep how large the checkpoint of a size is."""
+        self.bytes[_joined((size,))] = count
+        self._save()
+
+    def document(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "parameters": self.parameters,
+            "machine": self.machine,
+            "bytes": self.bytes,
+            "costs": {key: asdict(cost) for key, cost in self.costs.items()},
+        }
+
+    def memory_beyond_imports(self, size: object, *key: object) -> float | None:
+        """Peak of a phase over that of a process that only imports the same and opens the registry, in MiB."""
+        cost, imports = self.get(size, *key), self.get(size, "imports")
+        return None if cost is None or imports is None else (cost.peak_memory - imports.peak_memory) / MIB
+
+    def chains(self) -> list[tuple[str, str]]:
+        """The (layout, operation) pairs that were measured, in order."""
+        operations = dict.fromkeys(key.split("/")[2] for key in self.costs if key.count("/") == 3)
+        return [(layout, operation) for layout in LAYOUTS for operation in operations]
+
+    def _save(self) -> None:
+        temporary = self._path.with_suffix(".new")
+        temporary.write_text(json.dumps(self.document(), indent=1))
+        temporary.replace(self._path)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A sentence with the measured numbers, and whether what was wanted holds."""
+
+    text: str
+    holds: bool
+
+    def __str__(self) -> str:
+        return f"{'holds' if self.holds else 'FAILS'}: {self.text}"
+
+
+def print_report(results: Results) -> None:
+    """Print the machine, the tables and the verdicts."""
+    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    for name, value in results.machine.items():
+        console.print(f"{name}: {value}")
+    console.print(
+        "Files were read once before each phase and earlier writes flushed; 'from disk' says what the page cache had "
+        "lost all the same.\n"
+    )
+    for layout, operation in results.chains():
+        console.print(chain_table(results, layout, operation))
+    console.print(set_up_table(results))
+    for line in projection_lines(results):
+        console.print(line)
+    for verdict in verdicts(results):
+        console.print(str(verdict))
+
+
+def chain_table(results: Results, layout: str, operation: str) -> Table:
+    """One layout and operation: every phase at every size."""
+    table = Table(title=f"{layout}, operation {operation}", title_justify="left")
+    table.add_column("phase")
+    names = (
+        "GB",
+        "seconds",
+        "seconds per GB",
+        "of load+save",
+        "MB read",
+        "from disk",
+        "MB written",
+        "MiB beyond imports",
+    )
+    for name in names:
+        table.add_column(name, justify="right")
+    for phase in (*PHASES, "load+save"):
+        for size in results.sizes:
+            cost = results.get(size, layout, operation, phase)
+            if cost is not None:
+                memory = results.memory_beyond_imports(size, layout, operation, phase)
+                base = results.get(size, layout, operation, "load+save")
+                table.add_row(phase, *_cells(cost, base, results.bytes[_joined((size,))], memory))
+    return table
+
+
+def set_up_table(results: Results) -> Table:
+    """What is done once: registering, creating the lineage; and a plain copy."""
+    table = Table(title="once per model, and a plain copy (unflushed: without fsync)", title_justify="left")
+    table.add_column("phase")
+    for name in ("GB", "seconds", "unflushed", "MB read", "from disk", "MB written", "MiB beyond imports"):
+        table.add_column(name, justify="right")
+    for phase in ("register base", "register aligned", "register subject", "create lineage", "copy", "load+save"):
+        for size in results.sizes:
+            chain = results.chains()[0] if results.chains() else ("", "")
+            key = (size, *chain, phase) if phase == "load+save" else (size, phase)
+            cost = results.get(*key)
+            if cost is not None:
+                memory = results.memory_beyond_imports(*key)
+                unflushed = cost.figures.get("unflushed_seconds")
+                gigabytes, seconds, _, _, *rest = _cells(cost, None, results.bytes[_joined((size,))], memory)
+                table.add_row(phase, gigabytes, seconds, "" if unflushed is None else f"{unflushed:.2f}", *rest)
+    return table
+
+
+def _cells(cost: Cost, base: Cost | None, size: int, memory: float | None) -> tuple[str, ...]:
+    gigabytes = size / 1e9
+    return (
+        f"{gigabytes:.2f}",
+        f"{cost.seconds:.2f}",
+        f"{cost.seconds / gigabytes:.2f}",
+        "" if base is None else f"{cost.seconds / base.seconds:.3f}",
+        f"{cost.read / 1e6:,.0f}",
+        f"{cost.device_read / 1e6:,.0f}",
+        f"{cost.written / 1e6:,.0f}",
+        "" if memory is None else f"{memory:,.0f}",
+    )
+
+
+def projection_lines(results: Results) -> Iterator[str]:
+    """Seconds per 4096 × 4096 module, the product's and the dense formula's."""
+    dense = results.get("projection", "dense")
+    if dense is None:
+        return
+    yield f"Projection of one 4096 × 4096 module, median of {dense.figures['modules']}, weights read included:"
+    for share in (0.05, 0.2):
+        rows = results.get("projection", f"rows {share:g}")
+        if rows is not None:
+            memory = results.memory_beyond_imports("projection", f"rows {share:g}")
+            seconds = rows.figures["module_seconds"]
+            yield f"  {share:.0%} of the rows: {seconds:.3f} s, peak {memory:,.0f} MiB beyond imports"
+    memory = results.memory_beyond_imports("projection", "dense")
+    yield f"  SafeLoRA's dense formula: {dense.figures['module_seconds']:.3f} s, peak {memory:,.0f} MiB beyond imports"
+
+
+def verdicts(results: Results) -> Iterator[Verdict]:
+    """What is wanted of memory and time, with what was measured."""
+    for phase in PHASES:
+        yield from _memory_verdicts(results, phase)
+    for layout, operation in results.chains():
+        yield from _time_verdict(results, layout, operation)
+    rows, dense = results.get("projection", "rows 0.05"), results.get("projection", "dense")
+    if rows is not None and dense is not None:
+        gain = dense.figures["module_seconds"] / rows.figures["module_seconds"]
+        text = f"projecting 5 % of the rows of a 4096 × 4096 module is {gain:.1f} times as fast as the dense formula"
+        yield Verdict(f"{text} (wanted {PROJECTION_GAIN:g})", gain >= PROJECTION_GAIN)
+
+
+def _memory_verdicts(results: Results, phase: str) -> Iterator[Verdict]:
+    for layout, operation in results.chains():
+        found = {
+            size: memory
+            for size in results.sizes
+            if (memory := results.memory_beyond_imports(size, layout, operation, phase)) is not None
+        }
+        if not found:
+            continue
+        largest, smallest = max(found.values()), max(min(found.values()), 1.0)
+        spread = largest / smallest - 1
+        sizes = ", ".join(f"{size:g}" for size in found)
+        peaks = ", ".join(f"{memory:,.0f}" for memory in found.values())
+        yield Verdict(
+            f"{phase}, {layout}, {operation}: {peaks} MiB beyond imports at {sizes} GB (wanted {MEMORY_LIMIT} at "
+            f"most); spread {spread:.0%} (wanted {SPREAD:.0%} at most)",
+            largest <= MEMORY_LIMIT and spread <= SPREAD,
+        )
+
+
+def _time_verdict(results: Results, layout: str, operation: str) -> Iterator[Verdict]:
+    size = min(results.sizes, key=lambda size: abs(size - REFERENCE_SIZE), default=None)
+    if size is None:
+        return
+    apply, base = (results.get(size, layout, operation, phase) for phase in ("apply", "load+save"))
+    if apply is None or base is None:
+        return
+    share = apply.seconds / base.seconds
+    unflushed = apply.seconds / base.figures["unflushed_seconds"]
+    yield Verdict(
+        f"apply, {layout}, {operation}, {size:g} GB: {apply.seconds:.2f} s against {base.seconds:.2f} s of load and "
+        f"save, {share:.2f} of it ({unflushed:.2f} of it without fsync; wanted {SHARE_OF_LOAD_AND_SAVE} at most)",
+        share <= SHARE_OF_LOAD_AND_SAVE,
+    )
+
+
+def _joined(key: tuple[object, ...]) -> str:
+    return "/".join(f"{part:g}" if isinstance(part, float) else str(part) for part in key)

@@ -1,0 +1,162 @@
+"""A working checkpoint is the subject's files, shares none that a patch can reach, and is there whole or not at all."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from algorithms.digests import digest_weight_file
+from governance import catalogue, lineages
+from governance.catalogue import register_model
+from governance.errors import SpaceError
+from governance.hashing import HashJournal, hash_files
+from governance.lineages import LineageSummary, create_lineage
+from governance.workspace import Workspace
+from tests.governance.conftest import Trios
+from tests.governance.scenarios import Trio, digests
+from tests.tiny_models import save_model, save_variant
+
+EMBEDDINGS = "model-00001-of-00002.safetensors"
+BLOCKS = "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Trio:
+    """Models whose embeddings and norms lie in a shard of their own."""
+    base = save_model(tmp_path / "base")
+    subject, aligned = (
+        save_variant(base, tmp_path / name, seed=seed) for seed, name in enumerate(("tuned", "aligned"))
+    )
+    for path in (base, subject, aligned):
+        _split(path)
+    return Trio(subject=subject, aligned=aligned, base=base)
+
+
+def _split(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    in_blocks = {name for name in tensors if "proj" in name}
+    for file, chosen in ((EMBEDDINGS, tensors.keys() - in_blocks), (BLOCKS, in_blocks)):
+        save_file({name: tensors[name] for name in sorted(chosen)}, path / file, {"format": "pt", "made": "by hand"})
+    weight_map = {name: BLOCKS if name in in_blocks else EMBEDDINGS for name in tensors}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _create(workspace: Workspace, trio: Trio, name: str = "line", working: Path | None = None) -> LineageSummary:
+    for role in ("base", "aligned", "subject"):
+        if not any(model.name == role for model in catalogue.list_models(workspace)):
+            register_model(workspace, role, getattr(trio, role), role)  # type: ignore[arg-type]
+    return create_lineage(workspace, name, subject="subject", aligned="aligned", base="base", working=working)
+
+
+def test_a_file_without_rows_to_patch_is_linked_and_all_others_are_apart(workspace: Workspace, apart: Trio) -> None:
+    working = Path(_create(workspace, apart).working_path)
+    assert digests(working) == digests(apart.subject)
+    for path in apart.subject.iterdir():
+        assert path.samefile(working / path.name) == (path.name == EMBEDDINGS)
+
+
+def test_a_cache_of_symbolic_links_is_copied(workspace: Workspace, apart: Trio, tmp_path: Path) -> None:
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for path in list(apart.subject.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(blobs / path.name)
+    working = Path(_create(workspace, apart).working_path)
+    assert digests(working) == digests(blobs)
+    for path in working.iterdir():
+        assert not path.is_symlink()
+        assert path.stat().st_nlink == 1
+
+
+def test_modes_and_every_other_file_are_kept(workspace: Workspace, apart: Trio) -> None:
+    (apart.subject / "notes").mkdir()
+    (apart.subject / "notes" / "card.md").write_text("a card")
+    (apart.subject / BLOCKS).chmod(0o440)
+    (apart.subject / "config.json").chmod(0o755)
+    working = Path(_create(workspace, apart).working_path)
+    assert (working / "notes" / "card.md").read_text() == "a card"
+    assert stat.S_IMODE((working / "config.json").stat().st_mode) == 0o755
+    assert stat.S_IMODE((working / BLOCKS).stat().st_mode) == 0o640  # the owner has to be able to write
+
+
+def test_what_a_killed_creation_left_gives_way(workspace: Workspace, trios: Trios) -> None:
+    """A kill between the renaming and the record leaves a directory that no lineage owns."""
+    left = workspace.directory / "lineages" / "line"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    working = Path(_create(workspace, trios()).working_path)
+    assert working == left
+    assert digests(working) == digests(trios().subject)
+
+
+def test_the_checkpoint_of_another_lineage_never_gives_way(workspace: Workspace, trios: Trios) -> None:
+    first = Path(_create(workspace, trios()).working_path)
+    before = digests(first)
+    with pytest.raises(SpaceError, match="exists and is not empty"):
+        _create(workspace, trios(), "other", working=first)
+    assert digests(first) == before
+
+
+def test_a_chosen_directory_with_content_is_refused(workspace: Workspace, trios: Trios, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(SpaceError, match="exists and is not empty"):
+        _create(workspace, trios(), working=tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_creation_that_fails_leaves_no_half_checkpoint(
+    workspace: Workspace, trios: Trios, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lineages, "move_into_place", failing)
+        with pytest.raises(KeyboardInterrupt):
+            _create(workspace, trios())
+    assert list((workspace.directory / "lineages").iterdir()) == []
+    assert _create(workspace, trios()).head is None
+
+
+# --- hashing that goes on where it stopped ---
+
+
+def test_hashing_goes_on_where_it_was_interrupted(apart: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = HashJournal.of(tmp_path, apart.subject)
+    whole = hash_files(apart.subject, [EMBEDDINGS, BLOCKS], ())
+    hash_files(apart.subject, [EMBEDDINGS], (), journal=journal)
+    with journal.path.open("a") as file:
+        file.write('{"key": ["half a li')
+    hashed: list[str] = []
+
+    def counted(path: Path, *arguments: object) -> object:
+        hashed.append(path.name)
+        return digest_weight_file(path, ())
+
+    monkeypatch.setattr("governance.hashing.digest_weight_file", counted)
+    assert hash_files(apart.subject, [EMBEDDINGS, BLOCKS], (), journal=journal) == whole
+    assert hashed == [BLOCKS]
+
+
+def test_a_file_that_changed_is_hashed_again(apart: Trio, tmp_path: Path) -> None:
+    journal = HashJournal.of(tmp_path, apart.subject)
+    path = apart.subject / BLOCKS
+    before = hash_files(apart.subject, [BLOCKS], (), journal=journal)
+    times = path.stat()
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt", "made": "by hand"})
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = hash_files(apart.subject, [BLOCKS], (), journal=journal)
+    assert after[BLOCKS].sha256 != before[BLOCKS].sha256
+    assert after == hash_files(apart.subject, [BLOCKS], ())
+
+
+def test_a_registered_model_leaves_no_journal(workspace: Workspace, apart: Trio) -> None:
+    register_model(workspace, "base", apart.base, "base")
+    assert list(workspace.directory.glob("hashing-*")) == []
