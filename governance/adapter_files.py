@@ -88,8 +88,11 @@ def write_adapter(composed: ComposedAdapter, subject: Adapter, working: Path) ->
 
 def remove_unfinished(working: Path) -> None:
     """Remove temporary files that an interrupted write left beside the adapter."""
-    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-        _temporary(working / name).unlink(missing_ok=True)
+    left = [path for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG) if (path := _temporary(working / name)).exists()]
+    for path in left:
+        path.unlink()
+    if left:  # else a power cut could bring them back after nothing is left to recover
+        sync_directory(working)
 
 
 def _temporary(path: Path) -> Path:
