@@ -77,10 +77,7 @@ def write_adapter(composed: ComposedAdapter, subject: Adapter, working: Path) ->
         return
     temporary = _temporary(working / weights)
     temporary.unlink(missing_ok=True)
-    specs = [
-        TensorSpec(name, subject.tensors[name].dtype, tuple(tensor.shape)) for name, tensor in composed.tensors.items()
-    ]
-    with TensorFileWriter(temporary, specs, composed.metadata) as writer:
+    with TensorFileWriter(temporary, tensor_specs(composed, subject), composed.metadata) as writer:
         for name, tensor in composed.tensors.items():
             writer.put(name, tensor)
     temporary.chmod((working / weights).stat().st_mode if (working / weights).exists() else 0o644)
@@ -107,6 +104,13 @@ def config_bytes(composed: ComposedAdapter, subject: Adapter) -> bytes:
     return (json.dumps(composed.config, indent=2) + "\n").encode()
 
 
+def tensor_specs(composed: ComposedAdapter, subject: Adapter) -> list[TensorSpec]:
+    """Return the tensors of a composed weight file in the order in which they are written."""
+    return [
+        TensorSpec(name, subject.tensors[name].dtype, tuple(tensor.shape)) for name, tensor in composed.tensors.items()
+    ]
+
+
 def _in_file_order(subject: Adapter) -> list[tuple[str, Any]]:
     return sorted(subject.tensors.items(), key=lambda item: item[1].begin)
 
@@ -119,7 +123,7 @@ def _compose_module(A: Tensor, B: Tensor, name: str, artifacts: Sequence[PatchAr
         if extension is None:
             placed.append((A.shape[0], artifact))
             continue
-        position = _find_rows(A, extension)
+        position = find_rows(A, extension)
         if position is None:
             position = A.shape[0]
             A = torch.cat([A, extension])
@@ -133,7 +137,7 @@ def _compose_module(A: Tensor, B: Tensor, name: str, artifacts: Sequence[PatchAr
     return A.contiguous(), wide
 
 
-def _find_rows(A: Tensor, sought: Tensor) -> int | None:
+def find_rows(A: Tensor, sought: Tensor) -> int | None:
     """Return where `sought` stands in A as consecutive rows, so that patches share an extension."""
     for start in range(A.shape[0] - sought.shape[0] + 1):
         if torch.equal(A[start : start + sought.shape[0]], sought):

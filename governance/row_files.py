@@ -49,9 +49,9 @@ def tensor_changes(
     def change(module: ArtifactModule) -> TensorChange:
         algorithm = algorithms.get(module.tensor, TENSOR_ALGORITHM)
         before, after = new_hash(algorithm), new_hash(algorithm)
-        for _, block in _blocks(checkpoint, module):
+        for block in tensor_blocks(checkpoint.path, checkpoint.stored(module.tensor)):
             before.update(block.content)
-            _splice(block, artifact, module, side)
+            splice(block, artifact, module, side)
             after.update(block.content)
         return TensorChange(module.tensor, before.hexdigest(), after.hexdigest())
 
@@ -85,7 +85,7 @@ def write_rows(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) -> t
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """Storage rows `start` to `stop` of a tensor; `content` are their bytes, `rows` the same as (rows, row bytes)."""
 
     start: int
@@ -126,12 +126,12 @@ class _InPlaceFile:
 def _write_module(
     target: _InPlaceFile, checkpoint: Checkpoint, artifact: PatchArtifact, module: ArtifactModule, side: Side
 ) -> None:
+    stored = checkpoint.stored(module.tensor)
     if module.transposed:
-        for stored, block in _blocks(checkpoint, module):
-            _splice(block, artifact, module, side)
+        for block in tensor_blocks(checkpoint.path, stored):
+            splice(block, artifact, module, side)
             target.put(stored.begin + block.start * stored.row_bytes, block.content)
         return
-    stored = checkpoint.stored(module.tensor)
     rows = artifact.rows(module.name)
     height = max(1, BLOCK_BYTES // stored.row_bytes)
     for first in range(0, len(rows), height):
@@ -148,16 +148,22 @@ def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:
     yield from zip([0, *breaks], [*breaks, len(rows)], strict=True)
 
 
-def _blocks(checkpoint: Checkpoint, module: ArtifactModule) -> Iterator[tuple[StoredTensor, _Block]]:
-    """The whole stored tensor in blocks of storage rows, each valid only until the next is asked for."""
-    stored = checkpoint.stored(module.tensor)
+def tensor_blocks(directory: Path, stored: StoredTensor) -> Iterator[Block]:
+    """A whole stored tensor in blocks of storage rows, each valid only until the next is asked for.
+
+    Raises:
+        CheckpointError: the file cannot be read, or ends early.
+    """
+    if stored.begin == stored.end:
+        return
+    rows = stored.shape[0] if stored.shape else 1
     height = max(1, BLOCK_BYTES // stored.row_bytes)
-    pieces = read_pieces(checkpoint.path / stored.file, stored.begin, stored.end, height * stored.row_bytes)
-    for start, piece in zip(range(0, stored.shape[0], height), pieces, strict=True):
-        yield stored, _Block(start, min(start + height, stored.shape[0]), piece)
+    pieces = read_pieces(directory / stored.file, stored.begin, stored.end, height * stored.row_bytes)
+    for start, piece in zip(range(0, rows, height), pieces, strict=True):
+        yield Block(start, min(start + height, rows), piece)
 
 
-def _splice(block: _Block, artifact: PatchArtifact, module: ArtifactModule, side: Side) -> None:
+def splice(block: Block, artifact: PatchArtifact, module: ArtifactModule, side: Side) -> None:
     """Put the artifact's rows into a block."""
     rows = artifact.rows(module.name)
     if module.transposed:

@@ -92,6 +92,19 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self.stored)
 
 
+def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands before the first tensor of a safetensors file whose tensors lie in this order."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    position = 0
+    for spec in specs:
+        end = position + spec.bytes
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), sort_keys=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 class TensorFileWriter:
     """Writes one safetensors file whose tensors are all declared first.
 
@@ -106,20 +119,16 @@ class TensorFileWriter:
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
         self._offsets: dict[str, tuple[int, TensorSpec]] = {}
-        header: dict[str, object] = {"__metadata__": dict(metadata)}
         position = 0
         for spec in specs:
-            end = position + spec.bytes
-            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
             self._offsets[spec.name] = (position, spec)
-            position = end
-        text = json.dumps(header, separators=(",", ":"), sort_keys=False).encode()
-        text += b" " * (-len(text) % 8)
-        self._begin = 8 + len(text)
+            position += spec.bytes
+        prefix = header_bytes(specs, metadata)
+        self._begin = len(prefix)
         self._length = self._begin + position
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            write_at(self._descriptor, len(text).to_bytes(8, "little") + text, 0)
+            write_at(self._descriptor, prefix, 0)
             os.ftruncate(self._descriptor, self._length)
         except OSError:
             os.close(self._descriptor)

@@ -36,12 +36,12 @@ def copied_checkpoint(source: Path, target: Path, never_rewritten: Collection[st
     Raises:
         SpaceError: the copy cannot be written, or does not fit on its disk.
     """
-    files = [path for path in sorted(source.rglob("*")) if path.is_file() and _belongs(path, source)]
+    files = copied_files(source)
     linked = {path for path in files if path.parent == source and path.name in never_rewritten}
     require_space(target, sum(path.stat().st_size for path in files if path not in linked))
     making = target.with_name(f".{target.name}.{secrets.token_hex(8)}.making")
     try:
-        with _named(target):
+        with disk_errors(target):
             for path in files:
                 copy = making / path.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
@@ -54,13 +54,18 @@ def copied_checkpoint(source: Path, target: Path, never_rewritten: Collection[st
         discard_working_checkpoint(making)
 
 
+def copied_files(source: Path) -> list[Path]:
+    """The files of a model's directory that belong into a working checkpoint, sorted."""
+    return [path for path in sorted(source.rglob("*")) if path.is_file() and _belongs(path, source)]
+
+
 def move_into_place(copy: Path, target: Path) -> None:
     """Give a whole copy its name.
 
     Raises:
         SpaceError: it cannot be renamed.
     """
-    with _named(target):
+    with disk_errors(target):
         copy.replace(target)
         sync_directory(target.parent)
 
@@ -78,13 +83,18 @@ def require_unused(target: Path) -> None:
 
 
 @contextmanager
-def _named(target: Path) -> Iterator[None]:
+def disk_errors(target: Path) -> Iterator[None]:
+    """Name the checkpoint that is being written in whatever the operating system refuses.
+
+    Raises:
+        SpaceError: in place of every `OSError` inside.
+    """
     try:
         yield
     except OSError as error:
         raise SpaceError(
-            f"the working checkpoint {target} cannot be written ({error.strerror or error})",
-            "free space on that disk, mend its permissions, or name another directory with --working",
+            f"the checkpoint {target} cannot be written ({error.strerror or error})",
+            "free space on that disk, mend its permissions, or name another directory",
         ) from error
 
 

@@ -194,6 +194,8 @@ JSON_ARGUMENTS = (
     ("patch", "apply", "line", "weapons", "--dry-run"),
     ("identify", "line", "insults"),
     ("audit", "verify"),
+    ("audit", "explain", "line"),
+    ("audit", "replay", "line"),
     ("recover",),
     ("init",),
 )

@@ -1,6 +1,8 @@
-"""`neuronledger audit`: read the ledger, verify it, write the report."""
+"""`neuronledger audit`: read the ledger, verify it, explain and rebuild the weights, write the report."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,12 +11,14 @@ import click
 from governance.commands.options import json_option, list_options, workspace_options
 
 if TYPE_CHECKING:
+    from governance.explanation import Explanation
+    from governance.replay import Replay
     from governance.workspace import Workspace
 
 
-@click.group(short_help="Read the ledger, verify it, write the report.")
+@click.group(short_help="Read the ledger, verify it, explain and rebuild the weights, write the report.")
 def audit() -> None:
-    """Read the ledger, verify record, artifacts and weights, write the report."""
+    """Read the ledger, verify record, artifacts and weights, explain and rebuild the weights, write the report."""
 
 
 @audit.command("log")
@@ -97,6 +101,91 @@ def verify(workspace: "Workspace", weights: bool, lineage: str | None, as_json: 
         raise SystemExit(1)
 
 
+@audit.command("explain")
+@click.argument("lineage")
+@json_option
+@workspace_options
+def explain(workspace: "Workspace", lineage: str, as_json: bool) -> None:
+    """Tell which applied patch wrote each changed row of LINEAGE. Exits with 1 if a change has no such patch.
+
+    Compares the working checkpoint with the subject byte for byte, believing neither sizes, times nor recorded digests
+    of its files. Nothing is written.
+
+    \b
+    Examples:
+      neuronledger audit explain support-bot
+      neuronledger audit explain support-bot --json
+    """
+    from governance.commands.rendering import emit
+    from governance.explanation import explain as run
+
+    outcome = run(workspace, lineage)
+
+    def people() -> None:
+        _explanation_table(outcome)
+        for finding in outcome.findings:
+            click.echo(f"UNEXPLAINED {finding}", err=True)
+        click.echo(
+            f"Compared {outcome.bytes_compared:,} bytes of {outcome.files_compared:,} files: {outcome.rows_changed:,} "
+            f"rows changed, {outcome.rows_attributed:,} of them as an applied patch wrote them."
+        )
+        if outcome.explained:
+            click.echo("Every change is explained by an applied patch.")
+        else:
+            click.echo(f"{_findings(outcome.findings)}: not every change is explained by an applied patch.", err=True)
+
+    emit({"explained": outcome.explained, **asdict(outcome)}, as_json, people)
+    if not outcome.explained:
+        raise SystemExit(1)
+
+
+@audit.command("replay")
+@click.argument("lineage")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write the rebuilt checkpoint to this empty or new directory, if it is the recorded head.",
+)
+@json_option
+@workspace_options
+def replay(workspace: "Workspace", lineage: str, output: Path | None, as_json: bool) -> None:
+    """Rebuild the head of LINEAGE from its subject and patch artifacts. Exits with 1 if anything differs.
+
+    The rebuilt weights are held against the recorded digests of the head, of what was there before and after each
+    applied patch, and against the working checkpoint, which is not a source: with --output a damaged one is replaced.
+
+    \b
+    Examples:
+      neuronledger audit replay support-bot
+      neuronledger audit replay support-bot --output rebuilt
+    """
+    from governance.commands.rendering import emit
+    from governance.replay import replay as run
+
+    outcome = run(workspace, lineage, output)
+
+    def people() -> None:
+        _replay_table(outcome)
+        for finding in outcome.findings:
+            click.echo(f"FAILED {finding}", err=True)
+        click.echo(f"Rebuilt {outcome.tensors:,} tensors, {outcome.bytes:,} bytes, with the digest {outcome.digest}.")
+        if outcome.output is not None:
+            click.echo(f"Wrote {outcome.output}")
+        elif output is not None:
+            click.echo(f"Nothing was written to {output}: what was rebuilt is not the recorded head.", err=True)
+        if outcome.agrees:
+            click.echo("The rebuilt head is what was recorded and what the working checkpoint holds.")
+        else:
+            click.echo(
+                f"{_findings(outcome.findings)}: record, rebuilt head and working checkpoint disagree.", err=True
+            )
+
+    emit({"agrees": outcome.agrees, **asdict(outcome)}, as_json, people)
+    if not outcome.agrees:
+        raise SystemExit(1)
+
+
 @audit.command("report")
 @click.argument("lineage")
 @click.option(
@@ -111,6 +200,51 @@ def report(workspace: "Workspace", lineage: str, output: Path, as_json: bool) ->
 
     path = write_report(workspace, lineage, output)
     emit({"report": path}, as_json, lambda: click.echo(f"Wrote {path}"))
+
+
+def _explanation_table(outcome: "Explanation") -> None:
+    from governance.commands.rendering import table
+
+    adapter = any(patch.appended for patch in outcome.patches)
+    columns = ["modules", "rows claimed", "changed", "as in the subject", "as written", "not readable"]
+    table(
+        f"What changed in {outcome.lineage}",
+        ["patch", "dimension", *columns, *(["rows added to lora_A"] if adapter else [])],
+        [
+            [
+                patch.patch,
+                patch.dimension,
+                *(patch.modules, patch.rows, patch.changed, patch.unchanged, patch.as_written, patch.unread),
+                *([patch.appended] if adapter else []),
+            ]
+            for patch in outcome.patches
+        ],
+        right=["patch", *columns, "rows added to lora_A"],
+    )
+
+
+def _replay_table(outcome: "Replay") -> None:
+    from governance.commands.rendering import table
+
+    words = {True: "yes", False: "no", None: "not checked"}
+    table(
+        f"Recorded and rebuilt digests of {outcome.lineage}",
+        ["moment", "patches applied", "recorded", "rebuilt", "agrees"],
+        [
+            [
+                state.moment,
+                ", ".join(map(str, state.patches)) or "none",
+                state.recorded[:12] + "…",
+                state.rebuilt[:12] + "…" if state.rebuilt else "an artifact of a reverted patch is missing",
+                words[state.agrees],
+            ]
+            for state in outcome.states
+        ],
+    )
+
+
+def _findings(findings: Sequence[object]) -> str:
+    return "1 finding" if len(findings) == 1 else f"{len(findings):,} findings"
 
 
 def _brief(payload: dict[str, object]) -> str:

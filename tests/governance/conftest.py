@@ -12,6 +12,7 @@ from governance.lineages import create_lineage
 from governance.workspace import Workspace
 from registry.database import Registry
 from tests.databases import SQLiteDatabases
+from tests.governance.patched_lineages import FORMS, PatchedLineage, patched_lineage
 from tests.governance.scenarios import Scenario, Trio, register_dimensions, register_trio, write_prompts
 from tests.tiny_models import save_adapter, save_model, save_variant
 
@@ -128,3 +129,14 @@ def scenario(scenarios: Scenarios, trios: Trios) -> Scenario:
 def lora_scenario(scenarios: Scenarios, adapter_trios: Trios) -> Scenario:
     """A lineage of a LoRA subject whose aligned model is another adapter, so that ranks grow."""
     return scenarios(adapter_trios(on_aligned=False))
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def patched_forms(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, registered: Callable[[Trio], Path]
+) -> Iterator[PatchedLineage]:
+    """A patched lineage of every form of subject, to be read; what is damaged has to be restored."""
+    form = FORMS[request.param]
+    trio = request.getfixturevalue("adapter_trios" if "on_aligned" in form else "trios")(**form)
+    with patched_lineage(tmp_path_factory.mktemp("patched"), registered, trio) as patched:
+        yield patched
