@@ -35,7 +35,7 @@ Figures = Mapping[str, Any]
 def main(arguments: list[str]) -> int:
     """Run one phase and print what it took."""
     database, phase, parameters = arguments
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         if phase == "create":
             create_registry(database)
