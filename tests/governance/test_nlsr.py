@@ -26,11 +26,13 @@ from governance.auditing import verify
 from governance.catalogue import register_dimension, register_model
 from governance.errors import InputError, PromptSetError, WeightsChangedError
 from governance.identification import run_identification
+from governance.patch_import import import_patch
 from governance.patching import apply_patch
 from governance.planning import dry_run, plan_patch
 from governance.prompt_sets import PromptSource
 from governance.recovery import RecoveryAction, recover
 from governance.references import build_reference
+from governance.replay import replay
 from governance.reporting import write_report
 from governance.workspace import Workspace
 from registry.database import Registry
@@ -38,6 +40,7 @@ from registry.errors import RecordExistsError, RecordNotFoundError
 from registry.processes import Owner, this_process
 from tests.databases import SQLiteDatabases
 from tests.governance.conftest import Scenarios, Trios
+from tests.governance.exchange import export_to
 from tests.governance.faults import Fault, flip_byte, struck_by
 from tests.governance.scenarios import (
     HARMFUL,
@@ -583,7 +586,7 @@ def test_a_report_of_nothing_but_nlsr_renders_and_a_control_of_another_method_is
     assert "This lineage is a control" in read_page(scenario.workspace, "chance", tmp_path).text
 
 
-@pytest.mark.parametrize(("kind", "operation"), [("full", "pwrite"), ("lora", "replace")])
+@pytest.mark.parametrize(("kind", "operation"), [("full", "write"), ("lora", "rename")])
 def test_an_interrupted_patch_is_recovered(
     scenarios: Scenarios, trios: Trios, continued: Trios, kind: str, operation: Any
 ) -> None:
@@ -592,7 +595,7 @@ def test_an_interrupted_patch_is_recovered(
     before, held = digests(scenario.working), scenario.claims()
     plan = scenario.plan("animals", method="nlsr", region_score="random")
     assert plan.neurons_modified > 0
-    fault = Fault(scenario.working, operation, 2 if kind == "full" else 1, error=KeyboardInterrupt(), torn=True)
+    fault = Fault(scenario.working, operation, 2 if kind == "full" else 1, KeyboardInterrupt())
     with struck_by(fault), pytest.raises(KeyboardInterrupt):
         apply_patch(scenario.workspace, plan)
     assert recover(scenario.workspace) == [RecoveryAction("line", 2, "applying", "rejected")]
@@ -602,6 +605,23 @@ def test_an_interrupted_patch_is_recovered(
     scenario.revert(1)
     scenario.revert(3)
     assert digests(scenario.working) == digests(scenario.trio.subject)
+
+
+@pytest.mark.parametrize("chosen", [{"method": "nlsr"}, FACTOR], ids=["neuron form", "factor form"])
+def test_a_patch_can_be_replayed_and_taken_to_another_registry(
+    scenarios: Scenarios, continued: Trios, tmp_path: Path, chosen: dict[str, Any]
+) -> None:
+    here, there = scenarios(continued()), scenarios(continued())
+    here.apply("animals", **chosen)
+    assert replay(here.workspace, "line").agrees
+    import_patch(there.workspace, "line", export_to(here, tmp_path / "patch"))
+    assert digests(there.working) == digests(here.working)
+    assert there.claims() == here.claims()
+    assert there.patch(1).kind == "nlsr"
+    there.require_sound()
+    read_page(there.workspace, "line", tmp_path)
+    there.revert()
+    assert digests(there.working) == digests(there.trio.subject)
 
 
 def test_a_changed_artifact_and_a_changed_row_are_named(scenario: Scenario) -> None:
