@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from governance.lineages import create_lineage
 from governance.workspace import Workspace
@@ -64,6 +65,31 @@ def adapter_trios(tmp_path_factory: pytest.TempPathFactory, trios: Trios) -> Tri
             else:
                 aligned = save_adapter(checkpoint, place / "aligned", seed=4, rank=3, alpha=5)
                 made[key] = Trio(subject, aligned, checkpoint, checkpoint)
+        return made[key]
+
+    return trio
+
+
+@pytest.fixture(scope="session")
+def continued(tmp_path_factory: pytest.TempPathFactory, trios: Trios) -> Trios:
+    """LoRA subjects that were trained on from the aligned adapter: its factors with a drift."""
+    made: dict[str, Trio] = {}
+
+    def trio(*, same_basis: bool = False, **more: Any) -> Trio:
+        key = f"{same_basis} {sorted(more.items(), key=str)}"
+        if key not in made:
+            place, base = tmp_path_factory.mktemp("continued"), trios().base
+            aligned = save_adapter(base, place / "aligned", seed=4, **more)
+            subject = save_adapter(base, place / "subject", seed=4, **more)
+            file = subject / "adapter_model.safetensors"
+            generator = torch.Generator().manual_seed(6)
+            drifted = {}
+            for name, tensor in sorted(load_file(file).items()):
+                drift = 0.05 * torch.randn(tensor.shape, generator=generator)
+                kept = same_basis and "lora_A" in name
+                drifted[name] = tensor if kept else (tensor.float() + drift).to(tensor.dtype)
+            save_file(drifted, file, metadata={"format": "pt"})
+            made[key] = Trio(subject, aligned, base, base)
         return made[key]
 
     return trio

@@ -17,6 +17,7 @@ from algorithms.adapters import Adapter
 from algorithms.checkpoints import Checkpoint
 from algorithms.editors import Settings
 from algorithms.methods import method_of
+from algorithms.nlsr_settings import NlsrSettings
 from algorithms.weights import AdapterWeights, CheckpointWeights, open_weights
 from governance.auditing import Verification, verify
 from governance.catalogue import register_dimension, register_model
@@ -200,6 +201,13 @@ def settings_of(preset: str | None = None, method: str = "fgsn", **settings: Any
     """Settings of a preset with some replaced; without a preset, settings that do not turn on what the default is."""
     plain = {"fgsn": PLAIN, "nlsr": PLAIN_NLSR}[method]
     return method_of(method).choose(preset or "default", settings if preset else plain | settings)
+
+
+def plain_nlsr(**settings: Any) -> NlsrSettings:
+    """What `settings_of` gives for NLSR."""
+    chosen = settings_of(method="nlsr", **settings)
+    assert isinstance(chosen, NlsrSettings)
+    return chosen
 
 
 def events_of(workspace: Workspace) -> list[tuple[str, dict[str, Any]]]:
