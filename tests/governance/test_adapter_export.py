@@ -19,7 +19,7 @@ from governance.adapter_export import AdapterExportSummary, export_adapter
 from governance.errors import InputError, PlanError, SpaceError, WeightsChangedError
 from governance.patch_artifact import ArtifactModule
 from tests.governance.conftest import Scenarios, Trios
-from tests.governance.faults import Fault, Operation, struck_by
+from tests.governance.faults import Fault, Kind, struck_by
 from tests.governance.scenarios import Scenario, Trio
 from tests.tiny_models import load_model, merged_model, quiet, save_adapter
 
@@ -190,15 +190,13 @@ def test_modules_stored_both_ways_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("operation", "at"), [("pwrite", 1), ("pwrite", 3), ("fsync", 1), ("fsync", 3), ("replace", 1), ("replace", 2)]
+    ("operation", "at"), [("write", 1), ("write", 3), ("fsync", 1), ("fsync", 3), ("rename", 1), ("rename", 2)]
 )
-def test_a_failing_disk_leaves_no_half_adapter(
-    scenario: Scenario, tmp_path: Path, operation: Operation, at: int
-) -> None:
+def test_a_failing_disk_leaves_no_half_adapter(scenario: Scenario, tmp_path: Path, operation: Kind, at: int) -> None:
     scenario.apply("animals")
     directory = tmp_path / "patch"
     with (
-        struck_by(Fault(tmp_path / "patch", operation, at, error=OSError(errno.ENOSPC, "no space"))),
+        struck_by(Fault(tmp_path / "patch", operation, at, effect=OSError(errno.ENOSPC, "no space"))),
         pytest.raises(SpaceError, match="no space"),
     ):
         _export(scenario, directory)

@@ -12,7 +12,7 @@ from governance.patching import apply_patch
 from registry.errors import ArtifactError, RecordNotFoundError, RegistryError
 from registry.heads import HeadFile
 from tests.governance.exchange import sha256_of
-from tests.governance.faults import Fault, Operation, flip_byte, struck_by
+from tests.governance.faults import Fault, Kind, flip_byte, struck_by
 from tests.governance.scenarios import (
     Scenario,
 )
@@ -20,7 +20,7 @@ from tests.governance.scenarios import (
 
 def test_only_patches_that_were_applied_are_exported(scenario: Scenario, tmp_path: Path) -> None:
     plan = scenario.plan("animals")
-    fault = Fault(scenario.working, "pwrite", 1, error=OSError(errno.EIO, "no"))
+    fault = Fault(scenario.working, "write", 1, effect=OSError(errno.EIO, "no"))
     with struck_by(fault), pytest.raises(OSError, match="no"):
         apply_patch(scenario.workspace, plan)
     scenario.apply("animals")
@@ -75,13 +75,13 @@ def test_a_patch_whose_record_was_edited_is_not_exported(scenario: Scenario, tmp
         export_patch(scenario.workspace, "line", 1, tmp_path / "x.patch")
 
 
-@pytest.mark.parametrize("operation", ["fsync", "replace"])
-def test_a_failing_disk_leaves_no_halfexport_to(scenario: Scenario, tmp_path: Path, operation: Operation) -> None:
+@pytest.mark.parametrize("operation", ["fsync", "rename"])
+def test_a_failing_disk_leaves_no_halfexport_to(scenario: Scenario, tmp_path: Path, operation: Kind) -> None:
     scenario.apply("animals")
     place = tmp_path / "out"
     place.mkdir()
     with (
-        struck_by(Fault(place, operation, 1, error=OSError(errno.ENOSPC, "no space"))),
+        struck_by(Fault(place, operation, 1, effect=OSError(errno.ENOSPC, "no space"))),
         pytest.raises(SpaceError, match="no space"),
     ):
         export_patch(scenario.workspace, "line", 1, place / "x.patch")
