@@ -55,7 +55,7 @@ def compose_adapter(subject: Adapter, artifacts: Sequence[PatchArtifact]) -> Com
             continue
         A, B = _compose_module(tensors[lora.a_tensor], tensors[lora.b_tensor], name, touching)
         if A.shape[0] != lora.rank:
-            grown[name] = _rank_and_alpha(lora, A.shape[0], rslora=rslora)
+            grown[name] = rank_and_alpha(lora, A.shape[0], rslora=rslora)
             more = grown[name][0] - A.shape[0]
             A, B = torch.nn.functional.pad(A, (0, 0, 0, more)), torch.nn.functional.pad(B, (0, more))
         tensors[lora.a_tensor], tensors[lora.b_tensor] = A, B
@@ -88,8 +88,11 @@ def write_adapter(composed: ComposedAdapter, subject: Adapter, working: Path) ->
 
 def remove_unfinished(working: Path) -> None:
     """Remove temporary files that an interrupted write left beside the adapter."""
-    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-        _temporary(working / name).unlink(missing_ok=True)
+    left = [path for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG) if (path := _temporary(working / name)).exists()]
+    for path in left:
+        path.unlink()
+    if left:  # else a power cut could bring them back after nothing is left to recover
+        sync_directory(working)
 
 
 def _temporary(path: Path) -> Path:
@@ -159,7 +162,7 @@ def _with_ranks(config: dict[str, Any], subject: Adapter, grown: Mapping[str, tu
     }
 
 
-def _rank_and_alpha(lora: LoraModule, least: int, *, rslora: bool) -> tuple[int, float]:
+def rank_and_alpha(lora: LoraModule, least: int, *, rslora: bool) -> tuple[int, float]:
     """Return the smallest rank from `least` on with an alpha that gives the very same scale in PEFT's arithmetic.
 
     Not every scale is a quotient by every rank: 6/√3, say, is no float divided by √6. The surplus ranks hold zeros. The

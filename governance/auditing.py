@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from algorithms.adapters import ADAPTER_CONFIG
 from governance.lineage_state import Recorded, recorded_state
 from governance.patch_artifact import PatchArtifact, open_artifact
+from governance.provenance import origin_digest
 from governance.weight_state import changed_files
 from governance.working_files import measure_working
 from governance.workspace import Workspace
@@ -225,7 +226,7 @@ def _check_states(session: Session, lineage: Lineage, events: list[ledger.Event]
         if event.subject_kind != "lineage" or event.subject_name != lineage.name:
             continue
         payload = _payload(event)
-        if event.action.startswith("patch.") and "patch" in payload:
+        if event.action in _STATE_AFTER and "patch" in payload:
             sequence = payload["patch"]
             actions[sequence] = event.action
             if event.action in _DESCRIBES_PATCH:
@@ -271,6 +272,12 @@ def _compare_patch(lineage: Lineage, patch: Patch, payload: dict[str, Any]) -> I
                 f"patch {patch.sequence} of {lineage.name}",
                 f"its record has {name} = {value}, the ledger {payload[name]}",
             )
+    if payload.get("provenance") != origin_digest(patch.origin):
+        yield Finding(
+            "records",
+            f"patch {patch.sequence} of {lineage.name}",
+            "what its record says of where it came from is not what the ledger says",
+        )
 
 
 def _check_working(lineage: Lineage, checked: dict[str, int], *, weights: bool) -> Iterator[Finding]:

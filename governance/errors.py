@@ -15,6 +15,12 @@ class PlanError(NeuronLedgerError):
     """A patch that cannot be planned as asked."""
 
 
+class PatchFileError(NeuronLedgerError):
+    """An exported patch that is damaged, was changed, or contradicts itself."""
+
+    exit_code = 1
+
+
 class WeightsChangedError(NeuronLedgerError):
     """Files on disk are not the ones that the registry recorded."""
 

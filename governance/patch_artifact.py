@@ -93,7 +93,7 @@ class ArtifactWriter(TensorFileWriter):
     """Writes a patch artifact row block by row block."""
 
     def __init__(self, path: Path, header: ArtifactHeader) -> None:
-        super().__init__(path, list(_specs(header)), {FORMAT: header.to_json()})
+        super().__init__(path, list(artifact_specs(header)), {FORMAT: header.to_json()})
 
 
 class PatchArtifact:
@@ -146,7 +146,7 @@ def open_artifact(path: Path) -> Iterator[PatchArtifact]:
     try:
         file = TensorFile(path)
         header = ArtifactHeader.from_json(file.metadata.get(FORMAT, ""), path)
-        for spec in _specs(header):
+        for spec in artifact_specs(header):
             held = file.stored.get(spec.name)
             if held is None or (held.dtype, held.shape) != (spec.dtype, spec.shape):
                 raise InputError(
@@ -162,7 +162,8 @@ def open_artifact(path: Path) -> Iterator[PatchArtifact]:
         ) from error
 
 
-def _specs(header: ArtifactHeader) -> Iterator[TensorSpec]:
+def artifact_specs(header: ArtifactHeader) -> Iterator[TensorSpec]:
+    """Yield the tensors of an artifact with this header, in the order of the file."""
     for module in header.modules:
         yield TensorSpec(f"{module.name}/rows", "I64", (module.rows,))
         yield TensorSpec(f"{module.name}/old", module.dtype, (module.rows, module.width))

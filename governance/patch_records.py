@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from governance.provenance import OriginSummary, origin_summary
 from governance.workspace import Workspace
 from registry import queries
 from registry.schema import Patch
@@ -34,6 +35,7 @@ class PatchSummary:
     actor: str
     reason: str
     failure: str | None
+    origin: OriginSummary | None
     created_at: datetime
     applied_at: datetime | None
     reverted_at: datetime | None
@@ -104,6 +106,7 @@ def patch_summary(patch: Patch) -> PatchSummary:
         actor=patch.actor,
         reason=patch.reason or "",
         failure=patch.failure,
+        origin=origin_summary(patch.origin),
         created_at=patch.created_at,
         applied_at=patch.applied_at,
         reverted_at=patch.reverted_at,

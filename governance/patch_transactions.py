@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from governance.errors import PlanError
 from governance.lineage_state import require_settled
 from governance.patch_records import PatchSummary, patch_summary
-from governance.planning import PatchPlan, PreparedPatch, require_head
+from governance.planning import PreparedPatch, require_head
 from governance.working_files import FilesAfter, LineageFiles
 from governance.workspace import Workspace
 from registry import claims, locks, queries
@@ -55,12 +55,13 @@ def begin_apply(workspace: Workspace, ready: PreparedPatch, artifact_digest: str
         require_settled(session, lineage)
         require_head(lineage, plan.lineage)
         locks.acquire(session, lineage, token, "patch apply", workspace.actor, workspace.clock())
+        identification_id = ready.identify(session)
         patch = Patch(
             lineage_id=lineage.id,
             sequence=queries.next_sequence(session, lineage.id),
-            identification_id=plan.identification_id,
+            identification_id=identification_id,
             dimension_id=plan.dimension_id,
-            kind="fgsn",
+            kind=plan.method,
             state="applying",
             parent_patch_id=lineage.head_patch_id,
             digest_before=lineage.state_digest,
@@ -72,7 +73,8 @@ def begin_apply(workspace: Workspace, ready: PreparedPatch, artifact_digest: str
             neurons_protected=plan.neurons_protected,
             neurons_modified=plan.neurons_modified,
             rows_unchanged=ready.rows_unchanged,
-            settings=plan.settings.model_dump(mode="json"),
+            settings=dict(plan.recorded_settings),
+            origin=ready.origin.provenance.record() if ready.origin else None,
             actor=workspace.actor,
             reason=reason,
             created_at=workspace.clock(),
@@ -101,24 +103,28 @@ def begin_apply(workspace: Workspace, ready: PreparedPatch, artifact_digest: str
             {
                 "patch": patch.sequence,
                 "dimension": plan.dimension,
-                "identification": plan.identification_id,
+                "identification": identification_id,
                 "settings_digest": plan.settings_digest,
                 "artifact": artifact_digest,
                 "digest_before": lineage.state_digest,
                 "neurons": plan.neurons_modified,
                 "reason": reason,
+                **(ready.origin.payload() if ready.origin else {}),
             },
         )
         return patch.id
 
 
-def finish_apply(workspace: Workspace, plan: PatchPlan, patch_id: int, after: FilesAfter, token: str) -> PatchSummary:
+def finish_apply(
+    workspace: Workspace, ready: PreparedPatch, patch_id: int, after: FilesAfter, token: str
+) -> PatchSummary:
     """Record that a patch is applied: claims, digests, head, result; and give the lock back.
 
     Raises:
         NeuronProtectedError: a neuron is claimed already.
         LockLostError: the lineage was recovered meanwhile.
     """
+    plan = ready.plan
     with workspace.registry.write() as session:
         patch = session.get_one(Patch, patch_id)
         lineage = patch.lineage
@@ -148,6 +154,7 @@ def finish_apply(workspace: Workspace, plan: PatchPlan, patch_id: int, after: Fi
                 "rows_unchanged": patch.rows_unchanged,
                 "parameters_modified": plan.parameters_modified,
                 "files": {file.file: file.digest for file in after.files if file.file in after.written},
+                **(ready.origin.payload() if ready.origin else {}),
             },
         )
         session.flush()

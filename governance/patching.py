@@ -51,7 +51,7 @@ def write_patch(workspace: Workspace, ready: PreparedPatch, reason: str = "") ->
         files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
         try:
             after = write_change(files, ready.expected)
-            return patch_transactions.finish_apply(workspace, ready.plan, patch_id, after, token)
+            return patch_transactions.finish_apply(workspace, ready, patch_id, after, token)
         except (NeuronLedgerError, OSError) as failure:
             undo_apply(workspace, patch_id, str(failure), token)
             raise

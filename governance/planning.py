@@ -5,16 +5,15 @@ the patch artifact, under a temporary name: a dry run stops there, a run goes on
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from sqlalchemy.orm import Session
 from torch import Tensor
 
-from algorithms.differences import squared_norm
 from algorithms.identifications import StoredIdentification
 from algorithms.operations import RowEditor
 from algorithms.selection import new_rows
@@ -24,6 +23,8 @@ from governance.errors import PlanError, SpaceError
 from governance.identification import stored_identification
 from governance.lineage_state import LineageState, read_lineage
 from governance.patch_artifact import ArtifactHeader, ArtifactModule, ArtifactWriter
+from governance.provenance import Origin
+from governance.row_figures import ModuleOutcome, RowFigures
 from governance.tensor_file import DTYPES
 from governance.weight_state import checkpoint_of
 from governance.working_checkpoint import require_space
@@ -32,7 +33,7 @@ from governance.workspace import Workspace
 from registry import queries
 from registry.errors import RecordNotFoundError, RegistryBusyError
 from registry.schema import Identification as IdentificationRecord
-from registry.schema import Lineage
+from registry.schema import Lineage, Method
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,22 @@ class ModulePlan:
 
 
 @dataclass(frozen=True)
-class PatchPlan:
-    """A patch, not yet written; `lineage` is the state that it was planned on."""
+class ChangePlan:
+    """What a patch will change and what is recorded of it; `lineage` is the state that it was planned on.
+
+    Attributes:
+        recorded_settings: the settings that its rows were computed with, in the types of JSON.
+    """
 
     lineage: LineageState
     dimension: str
     dimension_id: int
-    identification_id: int
-    identification: StoredIdentification
-    settings: FgsnSettings
+    method: Method
+    recorded_settings: Mapping[str, Any]
     settings_digest: str
     modules: tuple[ModulePlan, ...]
     neurons_selected: int
     neurons_protected: int
-    protected_by: Mapping[str, int]
 
     @property
     def neurons_modified(self) -> int:
@@ -96,22 +99,13 @@ class PatchPlan:
 
 
 @dataclass(frozen=True)
-class ModuleOutcome:
-    """What the computed rows of one module came to.
+class PatchPlan(ChangePlan):
+    """A patch whose rows are to be computed from an identification."""
 
-    Attributes:
-        rows: rows claimed.
-        rows_unchanged: rows whose bytes are the same after rounding to the file's dtype.
-        change_norm: Frobenius norm of new minus old rows, in the file's coordinates.
-        norm_before, norm_after: Frobenius norms of the rows in the file's coordinates.
-    """
-
-    module: str
-    rows: int
-    rows_unchanged: int
-    change_norm: float
-    norm_before: float
-    norm_after: float
+    identification_id: int
+    identification: StoredIdentification
+    settings: FgsnSettings
+    protected_by: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -123,12 +117,17 @@ class PreparedPatch:
         artifact: the rows.
         outcomes: what the rows of each touched module came to.
         expected: what `check_change` returned: the digests that touched tensors will have.
+        identify: gives the id of the patch's identification; where there is none yet, records it in the session that
+            records the patch.
+        origin: where an imported patch comes from.
     """
 
-    plan: PatchPlan
+    plan: ChangePlan
     artifact: Path
     outcomes: tuple[ModuleOutcome, ...]
     expected: Mapping[str, str]
+    identify: Callable[[Session], int]
+    origin: Origin | None = None
 
     @property
     def rows_unchanged(self) -> int:
@@ -177,13 +176,15 @@ def _plan(workspace: Workspace, lineage_name: str, identification_id: int) -> Pa
         lineage=lineage,
         dimension=dimension_name,
         dimension_id=dimension_id,
-        identification_id=identification_id,
-        identification=found,
-        settings=found.settings,
+        method="fgsn",
+        recorded_settings=found.settings.model_dump(mode="json"),
         settings_digest=digest,
         modules=modules,
         neurons_selected=sum(module.selected for module in modules),
         neurons_protected=sum(module.protected for module in modules),
+        identification_id=identification_id,
+        identification=found,
+        settings=found.settings,
         protected_by=dict(holders),
     )
 
@@ -220,7 +221,8 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
         workspace.progress("computing rows", len(header.modules), len(header.modules))
         change = Change(artifact=path, side="new", applied_after=())
         files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
-        yield PreparedPatch(plan, path, tuple(outcomes), check_change(files))
+        expected = check_change(files)
+        yield PreparedPatch(plan, path, tuple(outcomes), expected, identify=lambda _: plan.identification_id)
 
 
 def _require_head(workspace: Workspace, planned: LineageState) -> None:
@@ -287,22 +289,9 @@ def _header(plan: PatchPlan) -> ArtifactHeader:
     lineage = plan.lineage
     modules = []
     for planned in plan.touched:
-        linear = lineage.subject.modules[planned.module]
-        factor = _stored_tensor(lineage, planned.module)
-        stored = factor or checkpoint_of(lineage.subject).checkpoint.stored(linear.tensor)
         extension = _editor(plan, planned).extension if lineage.is_adapter else None
-        modules.append(
-            ArtifactModule(
-                name=planned.module,
-                tensor=stored.name,
-                dtype=stored.dtype,
-                rows=len(planned.rows),
-                width=linear.in_features if factor is None else factor.shape[1],
-                extension=0 if extension is None else extension.shape[0],
-                in_features=linear.in_features,
-                transposed=linear.transposed and factor is None,
-            )
-        )
+        gained = 0 if extension is None else extension.shape[0]
+        modules.append(artifact_module(lineage, planned.module, len(planned.rows), gained))
     return ArtifactHeader(
         form="adapter" if lineage.is_adapter else "checkpoint",
         method="fgsn",
@@ -313,46 +302,53 @@ def _header(plan: PatchPlan) -> ArtifactHeader:
     )
 
 
+def artifact_module(lineage: LineageState, name: str, rows: int, extension: int) -> ArtifactModule:
+    """Describe what an artifact holds of a module of this lineage's subject.
+
+    Raises:
+        KeyError: the subject has no such module, or no adapter on it.
+    """
+    linear = lineage.subject.modules[name]
+    factor = _stored_tensor(lineage, name)
+    stored = factor or checkpoint_of(lineage.subject).checkpoint.stored(linear.tensor)
+    return ArtifactModule(
+        name=name,
+        tensor=stored.name,
+        dtype=stored.dtype,
+        rows=rows,
+        width=linear.in_features if factor is None else factor.shape[1],
+        extension=extension,
+        in_features=linear.in_features,
+        transposed=linear.transposed and factor is None,
+    )
+
+
 def _write_module(
     writer: ArtifactWriter, lineage: LineageState, module: ArtifactModule, editor: RowEditor
 ) -> ModuleOutcome:
-    dtype = DTYPES[module.dtype]
-    position = unchanged = 0
-    change = before = after = 0.0
+    dtype, position = DTYPES[module.dtype], 0
+    figures = RowFigures(module.name)
     writer.put(f"{module.name}/rows", editor.row_index)
     if editor.extension is not None and module.extension:
         writer.put(f"{module.name}/extension", editor.extension.to(dtype))
     for edit in editor.edits():
-        old = _old_rows(lineage, module, edit.rows).to(dtype)
+        old = subject_rows(lineage, module, edit.rows)
         new = edit.values.to(dtype)
         writer.put(f"{module.name}/old", old, position)
         writer.put(f"{module.name}/new", new, position)
-        padded = torch.cat([old, old.new_zeros(len(old), new.shape[1] - old.shape[1])], dim=1)
-        unchanged += int((_bits(padded) == _bits(new)).all(dim=1).sum())
-        change += squared_norm(new.float() - padded.float())
-        before += squared_norm(old)
-        after += squared_norm(new)
+        figures.add(old, new)
         position += len(edit.rows)
-    return ModuleOutcome(
-        module=module.name,
-        rows=module.rows,
-        rows_unchanged=unchanged,
-        change_norm=change**0.5,
-        norm_before=before**0.5,
-        norm_after=after**0.5,
-    )
+    return figures.outcome()
 
 
-def _bits(values: Tensor) -> Tensor:
-    """Return the stored bits as integers: two zeros of different sign are different bytes."""
-    return values.view(torch.int32 if values.dtype.itemsize == 4 else torch.int16)
-
-
-def _old_rows(lineage: LineageState, module: ArtifactModule, rows: Tensor) -> Tensor:
-    """Return the subject's rows in the file's coordinates; float32 holds every stored dtype exactly."""
+def subject_rows(lineage: LineageState, module: ArtifactModule, rows: Tensor) -> Tensor:
+    """Return the subject's rows as its file holds them: of an adapter, rows of lora_B."""
+    # Rows are read as float32, which holds every stored dtype exactly.
     if isinstance(lineage.subject, AdapterWeights):
-        return lineage.subject.adapter.factors(module.name)[1][rows]
-    return lineage.subject.rows(module.name, rows)
+        held = lineage.subject.adapter.factors(module.name)[1][rows]
+    else:
+        held = lineage.subject.rows(module.name, rows)
+    return held.to(DTYPES[module.dtype])
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from governance.auditing import verify
+from governance.provenance import origin_summary
 from governance.report_figures import figure_table, is_harmfulness
 from governance.report_protection import direction_claims, overlap_table, protection_map
 from governance.report_records import (
@@ -137,6 +138,7 @@ def _patches(session: Session, lineage: Lineage, events: Sequence[ledger.Event])
             reason=patch.reason or "",
             revert_reason=reasons.get(patch.sequence, ""),
             failure=patch.failure,
+            origin=origin_summary(patch.origin),
             created_at=patch.created_at,
             applied_at=patch.applied_at,
             reverted_at=patch.reverted_at,
@@ -188,6 +190,7 @@ def _identifications(session: Session, lineage: Lineage) -> tuple[Identification
             benign_overlap_share=record.summary.get("found", {}).get("overlap"),
             unreached=tuple(record.summary.get("found", {}).get("unreached", ())),
             warnings=tuple(record.summary.get("warnings", ())),
+            imported=bool(record.summary.get("imported")),
             created_at=record.created_at,
         )
         for record in records

@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Any
 
 from governance.auditing import Verification
+from governance.provenance import OriginSummary
 from governance.report_figures import FigureTable
 from governance.report_protection import DirectionClaim, OverlapTable, ProtectionMap
 
@@ -70,6 +71,7 @@ class PatchRecord:
     reason: str
     revert_reason: str
     failure: str | None
+    origin: OriginSummary | None
     created_at: datetime
     applied_at: datetime | None
     reverted_at: datetime | None
@@ -108,6 +110,7 @@ class IdentificationRecord:
     benign_overlap_share: float | None
     unreached: tuple[str, ...]
     warnings: tuple[str, ...]
+    imported: bool
     created_at: datetime
 
     @property

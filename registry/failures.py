@@ -16,6 +16,7 @@ CLAIM_IS_APPLIED = "the claims of an applied patch are not released"
 _PERMISSION_CODES = {"42501", "25006"}
 _BUSY_CODES = {"55P03", "40001", "40P01"}
 _FULL_CODES = {"53100", "53200"}
+_SYSTEM_ERRORS = "58"
 _UNREACHABLE_CODES = ("08", "28", "3D", "57P")
 _POSTGRESQL_KEY = re.compile(r"\((?P<columns>[\w, ]+)\)=\((?P<values>.*)\)")
 
@@ -57,7 +58,7 @@ def translate(error: DBAPIError, place: str) -> NeuronLedgerError | None:
             RegistryError(f"the registry {place} is damaged or not a database", "Restore it from a backup"),
         ),
         (
-            code.startswith("SQLITE_IOERR"),
+            code.startswith(("SQLITE_IOERR", _SYSTEM_ERRORS)),
             RegistryError(f"reading or writing the registry {place} failed: {text}", "Check the disk"),
         ),
         (

@@ -117,22 +117,22 @@ def check_heads(heads: Sequence[Head | MalformedHead], events: Iterable[EventFie
     """Every disagreement between the heads and the ledger.
 
     Names a ledger that was cut off (a head counts more events than there are), one that was chained anew (the event at
-    a head's count has another hash), and lines of the file that are not heads.
+    a head's count has another hash), heads that give another time, and lines of the file that are not heads.
     """
     wanted = {head.count for head in heads if isinstance(head, Head)}
-    hashes: dict[int, str] = {}
+    found: dict[int, Head] = {}
     count = 0
     for event in events:
         count = max(count, event.sequence)
         if event.sequence in wanted:
-            hashes[event.sequence] = event.hash
-    yield from _compare(heads, hashes, count)
+            found[event.sequence] = Head(event.sequence, event.hash, event.created_at)
+    yield from _compare(heads, found, count)
 
 
 def check_ledger(heads: Sequence[Head | MalformedHead], events: Iterable[EventFields]) -> Iterator[Violation]:
     """`check_chain` and `check_heads` in one pass over the events."""
     wanted = {head.count for head in heads if isinstance(head, Head)}
-    hashes: dict[int, str] = {}
+    found: dict[int, Head] = {}
     count = 0
 
     def observed() -> Iterator[EventFields]:
@@ -140,28 +140,30 @@ def check_ledger(heads: Sequence[Head | MalformedHead], events: Iterable[EventFi
         for event in events:
             count = max(count, event.sequence)
             if event.sequence in wanted:
-                hashes[event.sequence] = event.hash
+                found[event.sequence] = Head(event.sequence, event.hash, event.created_at)
             yield event
 
     yield from check_chain(observed())
-    yield from _compare(heads, hashes, count)
+    yield from _compare(heads, found, count)
 
 
-def _compare(heads: Sequence[Head | MalformedHead], hashes: dict[int, str], count: int) -> Iterator[Violation]:
+def _compare(heads: Sequence[Head | MalformedHead], found: dict[int, Head], count: int) -> Iterator[Violation]:
     longest = 0
     for head in heads:
         if isinstance(head, MalformedHead):
             yield Violation(None, f"line {head.line} of the ledger head file is not a head: {head.text[:60]!r}")
         elif head.count > count:
             longest = max(longest, head.count)
-        elif head.count not in hashes:
+        elif head.count not in found:
             yield Violation(head.count, f"event {head.count}, of which a head was kept at {head.at}, is missing")
-        elif hashes[head.count] != head.hash:
+        elif found[head.count].hash != head.hash:
             yield Violation(
                 head.count,
                 f"event {head.count} has another hash than the head that was kept of it at {head.at}: "
                 "the chain was computed anew",
             )
+        elif found[head.count].at != head.at:
+            yield Violation(head.count, f"the head that was kept of event {head.count} gives another time: {head.at!r}")
     if longest:
         yield Violation(
             count + 1,

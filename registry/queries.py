@@ -167,9 +167,14 @@ def latest_identification(
     state_digest: str | None = None,
     settings_digest: str | None = None,
 ) -> Identification | None:
-    """The newest identification of a dimension in a lineage, of one state of its weights or settings where given."""
+    """The newest identification that was made here of a dimension in a lineage, of one state or settings where given.
+
+    One that came with an imported patch has no artifact: nothing can be planned from it.
+    """
     query = select(Identification).where(
-        Identification.lineage_id == lineage_id, Identification.dimension_id == dimension_id
+        Identification.lineage_id == lineage_id,
+        Identification.dimension_id == dimension_id,
+        Identification.artifact_digest.is_not(None),
     )
     if state_digest is not None:
         query = query.where(Identification.state_digest == state_digest)

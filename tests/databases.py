@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,13 @@ class Databases(Protocol):
 
     def empty(self, place: Path) -> str:
         """The URL of a database without any table."""
+
+    def keep(self, url: str) -> Callable[[], None]:
+        """Keep a database that nobody has open as it is now, apart from what lies in its registry's directory.
+
+        Returns:
+            puts it back as it was.
+        """
 
     def clean(self) -> None:
         """Give back what was handed out; a server would otherwise grow by 8 MB a test."""
@@ -50,6 +57,9 @@ class SQLiteDatabases:
     def empty(self, place: Path) -> str:
         return f"sqlite:///{place / 'registry.db'}"
 
+    def keep(self, url: str) -> Callable[[], None]:
+        return lambda: None  # the file lies in the directory
+
     def clean(self) -> None:
         """Files go with the test's directory."""
 
@@ -66,27 +76,40 @@ class PostgreSQLDatabases:
         return f"postgresql://postgres@/{database}?host={self.sockets}"
 
     def migrated(self, place: Path) -> str:
-        return self._create("migrated")
+        return self.url(self._copy("migrated"))
 
     def empty(self, place: Path) -> str:
-        return self._create("template1")
+        return self.url(self._copy("template1"))
+
+    def keep(self, url: str) -> Callable[[], None]:
+        database = next(name for name in self.present if self.url(name) == url)
+        kept = self._copy(database)
+
+        def put_back() -> None:
+            self.execute(
+                f"DROP DATABASE {database} WITH (FORCE)",
+                f"CREATE DATABASE {database} TEMPLATE {kept} STRATEGY FILE_COPY",
+            )
+
+        return put_back
 
     def clean(self) -> None:
         while self.present:
             self.execute(f"DROP DATABASE {self.present.pop()} WITH (FORCE)")
 
-    def _create(self, template: str) -> str:
+    def _copy(self, template: str) -> str:
         self.count += 1
         database = f"test_{self.count}"
         self.execute(f"CREATE DATABASE {database} TEMPLATE {template} STRATEGY FILE_COPY")
         self.present.append(database)
-        return self.url(database)
+        return database
 
-    def execute(self, statement: str) -> None:
+    def execute(self, *statements: str) -> None:
         import psycopg
 
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(statement)
+            for statement in statements:
+                connection.execute(statement)
 
 
 @pytest.fixture(scope="session")

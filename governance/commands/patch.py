@@ -1,4 +1,4 @@
-"""`neuronledger patch`: plan, apply, list, show and revert."""
+"""`neuronledger patch`: plan, apply, list, show, revert, export and import."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from governance.commands.options import (
     workspace_options,
     writing_workspace_options,
 )
+from governance.commands.patch_exchange import export, import_
 from governance.commands.settings import chosen_settings, settings_options
 
 if TYPE_CHECKING:
@@ -20,9 +21,13 @@ if TYPE_CHECKING:
     from governance.workspace import Workspace
 
 
-@click.group(short_help="Plan, apply, list, show and revert patches.")
+@click.group(short_help="Plan, apply, list, show, revert, export and import patches.")
 def patch() -> None:
-    """Plan, apply, list, show and revert incremental patches."""
+    """Plan, apply, list, show and revert incremental patches, and take them to another registry."""
+
+
+patch.add_command(export)
+patch.add_command(import_)
 
 
 @patch.command("plan")
@@ -102,7 +107,7 @@ def apply(
     summary = apply_patch(workspace, plan_patch(workspace, lineage, found.identification), reason)
 
     def people() -> None:
-        _show_patch(summary)
+        show_patch(summary)
         _show_notes(found.unreached, found.warnings)
 
     emit(summary, as_json, people)
@@ -118,13 +123,18 @@ def list_(workspace: "Workspace", lineage: str, as_json: bool, as_csv: bool) -> 
     from governance.patch_records import list_patches
 
     patches = list_patches(workspace, lineage)
+    imported = any(p.origin for p in patches)
     emit_list(
         patches,
         as_json,
         as_csv,
         lambda: table(
             f"Patches of {lineage}",
-            ["patch", "dimension", "state", "selected", "already protected", "modified", "share", "actor", "reason"],
+            [
+                *("patch", "dimension", "state", "selected", "already protected", "modified", "share", "actor"),
+                *(["from"] if imported else []),
+                "reason",
+            ],
             [
                 [
                     p.patch,
@@ -135,6 +145,7 @@ def list_(workspace: "Workspace", lineage: str, as_json: bool, as_csv: bool) -> 
                     f"{p.neurons_modified:,}",
                     percent(p.modified_share),
                     p.actor,
+                    *([f"{p.origin.lineage} {p.origin.patch}" if p.origin else ""] if imported else []),
                     p.reason,
                 ]
                 for p in patches
@@ -152,12 +163,12 @@ def list_(workspace: "Workspace", lineage: str, as_json: bool, as_csv: bool) -> 
 def show(workspace: "Workspace", lineage: str, number: int, as_json: bool) -> None:
     """Show patch NUMBER of LINEAGE and what it changed in every module."""
     from governance.commands.rendering import emit, table
-    from governance.patch_records import show_patch
+    from governance.patch_records import show_patch as find_patch
 
-    summary, changes = show_patch(workspace, lineage, number)
+    summary, changes = find_patch(workspace, lineage, number)
 
     def people() -> None:
-        _show_patch(summary)
+        show_patch(summary)
         table(
             "Modules",
             ["module", "rows", "unchanged", "parameters", "norm before", "norm after", "change"],
@@ -266,7 +277,8 @@ def _show_notes(unreached: tuple[str, ...], warnings: tuple[str, ...]) -> None:
         click.echo(f"Warning: {warning}", err=True)
 
 
-def _show_patch(summary: "PatchSummary") -> None:
+def show_patch(summary: "PatchSummary") -> None:
+    """Say what became of a patch, in sentences."""
     from governance.commands.rendering import percent
 
     click.echo(
@@ -277,6 +289,14 @@ def _show_patch(summary: "PatchSummary") -> None:
     )
     if summary.rows_unchanged:
         click.echo(f"{summary.rows_unchanged:,} of these rows kept their bytes after rounding to the file's dtype.")
+    if summary.origin:
+        origin = summary.origin
+        click.echo(
+            f"It came from patch {origin.patch} of {origin.lineage} ({origin.dimension}), applied there by "
+            f"{origin.actor} at {origin.applied_at} and exported by {origin.exported_by} at {origin.exported_at} "
+            f"(neuronledger {origin.neuronledger}, event {origin.ledger_events} of that ledger, "
+            f"{origin.ledger_hash[:16]}…)."
+        )
     if summary.failure:
         click.echo(f"It failed: {summary.failure}")
     if summary.digest_after:

@@ -12,6 +12,7 @@ from governance.lineages import create_lineage
 from governance.workspace import Workspace
 from registry.database import Registry
 from tests.databases import SQLiteDatabases
+from tests.governance.exchange import export_to
 from tests.governance.patched_lineages import FORMS, PatchedLineage, patched_lineage
 from tests.governance.scenarios import Scenario, Trio, register_dimensions, register_trio, write_prompts
 from tests.tiny_models import save_adapter, save_model, save_variant
@@ -129,6 +130,19 @@ def scenario(scenarios: Scenarios, trios: Trios) -> Scenario:
 def lora_scenario(scenarios: Scenarios, adapter_trios: Trios) -> Scenario:
     """A lineage of a LoRA subject whose aligned model is another adapter, so that ranks grow."""
     return scenarios(adapter_trios(on_aligned=False))
+
+
+@pytest.fixture
+def exported(scenario: Scenario, tmp_path: Path) -> Path:
+    """An exported patch of a full checkpoint."""
+    scenario.apply("animals")
+    return export_to(scenario, tmp_path / "animals.patch")
+
+
+@pytest.fixture
+def target(scenarios: Scenarios, trios: Trios) -> Scenario:
+    """Another registry, with a lineage of the same subject."""
+    return scenarios(trios())
 
 
 @pytest.fixture(scope="module", params=FORMS)

@@ -114,6 +114,30 @@ class Scenario:
         with open_artifact(self.artifact(sequence)) as artifact:
             return {module.name: set(artifact.rows(module.name).tolist()) for module in artifact.modules}
 
+    def rows_changed_by(self, sequence: int) -> set[tuple[str, int]]:
+        """The (module, row)s of a patch's artifact that it gives other bytes than the subject's."""
+        found: set[tuple[str, int]] = set()
+        with open_artifact(self.artifact(sequence)) as artifact:
+            for module in artifact.modules:
+                differs = _unlike(artifact.values(module.name, "old"), artifact.values(module.name, "new"))
+                found |= {(module.name, row) for row in artifact.rows(module.name)[differs].tolist()}
+        return found
+
+    def rows_unlike_the_subject(self) -> set[tuple[str, int]]:
+        """The (module, row)s in which the working checkpoint is not the subject (of an adapter, rows of lora_B)."""
+        subject, working = self.subject_weights(), self.weights()
+        found: set[tuple[str, int]] = set()
+        for name, module in subject.modules.items():
+            if isinstance(subject, AdapterWeights) and isinstance(working, AdapterWeights):
+                if name not in subject.adapter.modules:
+                    continue
+                before, after = (weights.adapter.factors(name)[1] for weights in (subject, working))
+            else:
+                every = torch.arange(module.out_features)
+                before, after = subject.rows(name, every), working.rows(name, every)
+            found |= {(name, row) for row in torch.nonzero(_unlike(before, after)).flatten().tolist()}
+        return found
+
     def artifact(self, sequence: int) -> Path:
         """Where a patch's artifact lies."""
         with self.workspace.registry.read() as session:
@@ -160,6 +184,14 @@ class Scenario:
                 terms = [(factors.A[j].numpy().tobytes(), float(b)) for j, b in enumerate(factors.B[row]) if b != 0]
                 found[module, row] = (factors.scale, sorted(terms))
         return found
+
+
+def _unlike(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Which rows differ in a bit; rows may have grown, by zeros where nothing changed."""
+    bits = torch.int32 if before.dtype.itemsize == 4 else torch.int16
+    width = before.shape[1]
+    kept = (before.contiguous().view(bits) == after[:, :width].contiguous().view(bits)).all(dim=1)
+    return ~kept | (after[:, width:] != 0).any(dim=1)
 
 
 def settings_of(preset: str | None = None, **settings: Any) -> FgsnSettings:

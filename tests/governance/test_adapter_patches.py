@@ -15,7 +15,7 @@ from algorithms.adapters import Adapter, LoraModule
 from algorithms.errors import MismatchError, SettingsError
 from algorithms.operations import edit_rows
 from algorithms.weights import open_weights
-from governance.adapter_files import _rank_and_alpha
+from governance.adapter_files import rank_and_alpha
 from governance.patching import apply_patch
 from governance.planning import PatchPlan, dry_run
 from tests.governance.conftest import Scenarios, Trios
@@ -238,6 +238,6 @@ def test_a_rank_at_which_no_alpha_gives_the_scale_is_passed_over(
 )
 def test_every_scale_is_kept_at_some_rank(rank: int, alpha: float, more: int, *, rslora: bool) -> None:
     scale = alpha / math.sqrt(rank) if rslora else alpha / rank
-    found, new = _rank_and_alpha(LoraModule("m", "a", "b", rank, alpha, scale), rank + more, rslora=rslora)
+    found, new = rank_and_alpha(LoraModule("m", "a", "b", rank, alpha, scale), rank + more, rslora=rslora)
     assert rank + more <= found <= 4 * rank * max(1, 4 ** math.ceil(math.log((rank + more) / rank, 4)))
     assert (new / math.sqrt(found) if rslora else new / found) == scale

@@ -500,7 +500,7 @@ def test_a_copy_that_the_disk_refuses_leaves_no_directory(place: Place) -> None:
 
 def test_a_full_disk_under_an_apply_is_one_line(place: Place) -> None:
     before = digests(place.scenario.working)
-    full = Fault(place.scenario.working, "pwrite", 2, OSError(errno.ENOSPC, "No space left on device"))
+    full = Fault(place.scenario.working, "write", 2, OSError(errno.ENOSPC, "No space left on device"))
     with struck_by(full):
         result = _run(place, ["patch", "apply", "line", "animals"])
     _require_one_line(result, 2, "No space left on device", "free space")

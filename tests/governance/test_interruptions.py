@@ -17,18 +17,18 @@ from governance.planning import dry_run, plan_patch
 from governance.recovery import RecoveryAction, recover
 from registry.errors import NeuronProtectedError, RegistryError
 from registry.heads import HeadFile
-from tests.governance.faults import Fault, Operation, flip_byte, struck_by
+from tests.governance.faults import Effect, Fault, Kind, flip_byte, struck_by
 from tests.governance.scenarios import Scenario, digests
 
 Pick = Callable[[str], Scenario]
-WHERE: list[tuple[str, Operation, str]] = [
-    ("scenario", "pwrite", "first"),
-    ("scenario", "pwrite", "last"),
+WHERE: list[tuple[str, Kind, str]] = [
+    ("scenario", "write", "first"),
+    ("scenario", "write", "last"),
     ("scenario", "fsync", "last"),
-    ("lora_scenario", "pwrite", "middle"),
+    ("lora_scenario", "write", "middle"),
     ("lora_scenario", "fsync", "first"),
-    ("lora_scenario", "replace", "first"),
-    ("lora_scenario", "replace", "last"),
+    ("lora_scenario", "rename", "first"),
+    ("lora_scenario", "rename", "last"),
 ]
 POINTS = pytest.mark.parametrize(("kind", "operation", "position"), WHERE)
 
@@ -39,13 +39,13 @@ def pick(request: pytest.FixtureRequest) -> Pick:
     return request.getfixturevalue
 
 
-def _fault(scenario: Scenario, operation: Operation, position: str, act: Callable[[], Any], **what: Any) -> Fault:
+def _fault(scenario: Scenario, operation: Kind, position: str, act: Callable[[], Any], effect: Effect) -> Fault:
     """A fault at the first, middle or last such operation of what `act` does."""
     with struck_by(Fault(scenario.working, operation)) as counted:
         act()
     assert counted.count > 0
     at = {"first": 1, "middle": (counted.count + 1) // 2, "last": counted.count}[position]
-    return Fault(scenario.working, operation, at, **what)
+    return Fault(scenario.working, operation, at, effect)
 
 
 def _require_blocked(scenario: Scenario) -> None:
@@ -62,11 +62,11 @@ def _require_blocked(scenario: Scenario) -> None:
 
 @POINTS
 def test_a_failing_disk_leaves_the_version_before_an_apply(
-    pick: Pick, kind: str, operation: Operation, position: str
+    pick: Pick, kind: str, operation: Kind, position: str
 ) -> None:
     scenario = pick(kind)
     code = errno.EIO if operation == "fsync" else errno.ENOSPC
-    fault = _fault(scenario, operation, position, lambda: scenario.apply("animals"), error=OSError(code, "no"))
+    fault = _fault(scenario, operation, position, lambda: scenario.apply("animals"), OSError(code, "no"))
     scenario.revert()
     before = digests(scenario.working)
     plan = scenario.plan("animals")
@@ -87,12 +87,12 @@ def test_a_failing_disk_leaves_the_version_before_an_apply(
 
 @POINTS
 def test_a_failing_disk_leaves_the_version_before_a_revert(
-    pick: Pick, kind: str, operation: Operation, position: str
+    pick: Pick, kind: str, operation: Kind, position: str
 ) -> None:
     scenario = pick(kind)
     scenario.apply("weapons")
     scenario.apply("animals")
-    fault = _fault(scenario, operation, position, scenario.revert, error=OSError(errno.EIO, "no"))
+    fault = _fault(scenario, operation, position, scenario.revert, OSError(errno.EIO, "no"))
     scenario.apply("animals")
     before, held = digests(scenario.working), scenario.claims()
     with struck_by(fault), pytest.raises(OSError, match="no"):
@@ -108,12 +108,10 @@ def test_a_failing_disk_leaves_the_version_before_a_revert(
 
 
 @POINTS
-def test_an_apply_that_was_killed_is_taken_back(pick: Pick, kind: str, operation: Operation, position: str) -> None:
+def test_an_apply_that_was_killed_is_taken_back(pick: Pick, kind: str, operation: Kind, position: str) -> None:
     scenario = pick(kind)
     scenario.apply("weapons")
-    fault = _fault(
-        scenario, operation, position, lambda: scenario.apply("animals"), error=KeyboardInterrupt(), torn=True
-    )
+    fault = _fault(scenario, operation, position, lambda: scenario.apply("animals"), KeyboardInterrupt())
     scenario.revert()
     before, held = digests(scenario.working), scenario.claims()
     plan = scenario.plan("animals")
@@ -131,12 +129,12 @@ def test_an_apply_that_was_killed_is_taken_back(pick: Pick, kind: str, operation
 
 
 @POINTS
-def test_a_revert_that_was_killed_is_finished(pick: Pick, kind: str, operation: Operation, position: str) -> None:
+def test_a_revert_that_was_killed_is_finished(pick: Pick, kind: str, operation: Kind, position: str) -> None:
     scenario = pick(kind)
     scenario.apply("weapons")
     old = digests(scenario.working)
     scenario.apply("animals")
-    fault = _fault(scenario, operation, position, scenario.revert, error=KeyboardInterrupt(), torn=True)
+    fault = _fault(scenario, operation, position, scenario.revert, KeyboardInterrupt())
     scenario.apply("animals")
     with struck_by(fault), pytest.raises(KeyboardInterrupt):
         scenario.revert()
@@ -189,7 +187,7 @@ def test_a_recovery_that_is_killed_can_be_run_again(scenario: Scenario) -> None:
     plan = scenario.plan("animals")
     with struck_by(Fault(scenario.working, "fsync", 1, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
         apply_patch(scenario.workspace, plan)
-    with struck_by(Fault(scenario.working, "pwrite", 3, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
+    with struck_by(Fault(scenario.working, "write", 3, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
         recover(scenario.workspace)
     assert scenario.states() == ["applying"]
     recover(scenario.workspace)
@@ -201,7 +199,7 @@ def test_a_recovery_that_is_killed_can_be_run_again(scenario: Scenario) -> None:
 def test_a_disk_that_stays_broken_leaves_it_to_recover(pick: Pick, kind: str) -> None:
     scenario = pick(kind)
     plan = scenario.plan("animals")
-    broken = Fault(scenario.working, "pwrite", 2, OSError(errno.EIO, "no"), once=False)
+    broken = Fault(scenario.working, "write", 2, OSError(errno.EIO, "no"), once=False)
     with struck_by(broken), pytest.raises(OSError, match="no"):
         apply_patch(scenario.workspace, plan)
     assert scenario.states()[-1] in {"applying", "rejected"}  # an adapter's own files are still there
@@ -216,7 +214,7 @@ def test_no_room_for_the_artifact_refuses_before_any_intent(scenario: Scenario, 
     plan = scenario.plan("animals")
     store = scenario.workspace.store
     artifacts = store.list()
-    full = Fault(store.directory, "pwrite", 3, OSError(errno.ENOSPC, "No space left on device"))
+    full = Fault(store.directory, "write", 3, OSError(errno.ENOSPC, "No space left on device"))
     with struck_by(full), pytest.raises(SpaceError, match="No space"):
         act(scenario.workspace, plan)
     assert (scenario.states(), store.list(), store.leftovers()) == ([], artifacts, ())
@@ -313,7 +311,7 @@ def test_a_byte_that_somebody_changed_refuses_the_revert_and_is_not_hidden(
     before = digests(scenario.working)
     path, offset = _offsets(scenario, None)
     if interrupted:
-        with struck_by(Fault(scenario.working, "pwrite", 2, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
+        with struck_by(Fault(scenario.working, "write", 2, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
             scenario.revert()
     flip_byte(path, offset)
     with pytest.raises(WeightsChangedError):

@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from sqlalchemy import text
+from sqlalchemy import delete, insert, text
 
 from algorithms.checkpoints import Checkpoint
 from algorithms.safetensors_files import read_header
@@ -18,8 +19,10 @@ from governance.patching import apply_patch
 from governance.recovery import recover
 from governance.weight_state import measure_tensors, tree_state
 from governance.workspace import Workspace
-from registry import queries
+from registry import ledger, queries
 from registry.database import Registry
+from registry.heads import check_ledger
+from registry.schema import LedgerEvent
 from tests.governance.conftest import Trios
 from tests.governance.faults import Fault, flip_byte, struck_by
 from tests.governance.scenarios import Scenario, Trio, build
@@ -302,3 +305,133 @@ def test_a_verification_fails_exactly_where_there_is_a_finding(patched: Scenario
         content = json.loads(result.stdout)
         told.append((result.exit_code, content["verified"], bool(content["findings"])))
     assert told == [(0, True, False), (1, False, True)]
+
+
+def _positions(path: Path, begins: Iterable[int]) -> list[int]:
+    """Where to change a safetensors file: its length field, its header here and there, ends of tensors, its end."""
+    header = read_header(path)
+    first = min(tensor.begin for tensor in header.tensors.values())
+    chosen = {*range(8), *range(8, first, max(1, first // 12)), first - 1, path.stat().st_size - 1}
+    for begin in begins:
+        chosen |= {begin, begin - 1}
+    return sorted(chosen)
+
+
+def _flip_everywhere(
+    scenario: Scenario, path: Path, positions: Iterable[int], named: str, options: tuple[str, ...] = ()
+) -> None:
+    """Change one byte after the other, a different bit each, and require that each change is found."""
+    for count, position in enumerate(positions):
+        flip_byte(path, position, 1 << count % 8)
+        _require_found(scenario, named, options=options)
+        flip_byte(path, position, 1 << count % 8)
+    _require_sound(scenario, *options)
+
+
+def test_any_changed_byte_of_a_weight_file_is_found(patched: Scenario) -> None:
+    path = patched.working / "model.safetensors"
+    begins = [tensor.begin for tensor in read_header(path).tensors.values()]
+    _flip_everywhere(patched, path, _positions(path, begins), str(path), ("--weights",))
+
+
+def test_any_changed_byte_of_an_adapter_is_found(lora_scenario: Scenario) -> None:
+    lora_scenario.apply("animals")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        path = lora_scenario.working / name
+        size = path.stat().st_size
+        _flip_everywhere(lora_scenario, path, [*range(0, size, size // 15), size - 1], str(path), ("--weights",))
+
+
+@pytest.mark.parametrize("sequence", [1, 2], ids=["applied", "reverted"])
+def test_any_changed_byte_of_a_patch_artifact_is_found(patched: Scenario, sequence: int) -> None:
+    path = patched.artifact(sequence)
+    begins = [tensor.begin for tensor in read_header(path).tensors.values()]
+    _flip_everywhere(patched, path, _positions(path, begins), f"patch {sequence} of line")
+
+
+def test_any_changed_byte_of_the_exported_heads_is_found(patched: Scenario) -> None:
+    heads = patched.workspace.registry.heads
+    content = heads.path.read_bytes()
+    with patched.workspace.registry.read() as session:
+        recorded = list(ledger.events(session))
+    unseen = []
+    for position in range(len(content)):
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        heads.path.write_bytes(changed)
+        if not list(check_ledger(heads.read(), recorded)):
+            unseen.append((position, bytes(changed[max(0, position - 20) : position + 20])))
+        if position % 150 == 0:
+            _require_found(patched, "ledger")
+    assert unseen == []
+    heads.path.write_bytes(content)
+    _require_sound(patched)
+
+
+class Chain:
+    """The ledger's rows in the hands of somebody who owns the database."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self._scenario = scenario
+        _change(scenario, "UPDATE patches SET reason = reason")  # drops the triggers
+        with scenario.workspace.registry.read() as session:
+            self.events = [asdict(event) for event in ledger.events(session)]
+
+    def require_found(self, events: list[dict[str, Any]], *named: str) -> None:
+        """Put other rows in the ledger's place, and require that this is found."""
+        self.write(events)
+        _require_found(self._scenario, *named)
+
+    def write(self, events: list[dict[str, Any]]) -> None:
+        """Put rows in the ledger's place."""
+        with self._scenario.workspace.registry.write() as session:
+            session.execute(delete(LedgerEvent))
+            session.execute(insert(LedgerEvent), events)
+
+
+@pytest.fixture
+def chain(patched: Scenario) -> Chain:
+    return Chain(patched)
+
+
+@pytest.mark.parametrize("column", ["created_at", "actor", "action", "subject_kind", "subject_name", "payload", "hash"])
+def test_any_changed_column_of_any_event_is_found(patched: Scenario, chain: Chain, column: str) -> None:
+    for place, event in enumerate(chain.events):
+        text = event[column]
+        letter = place * 7 % len(text)
+        changed = text[:letter] + chr(ord(text[letter]) ^ 1) + text[letter + 1 :]
+        edited = [*chain.events[:place], {**event, column: changed}, *chain.events[place + 1 :]]
+        chain.require_found(edited, f"event {event['sequence']}")
+    chain.write(chain.events)
+    _require_sound(patched)
+
+
+def test_any_missing_event_is_found(chain: Chain) -> None:
+    for place, event in enumerate(chain.events[:-1]):
+        chain.require_found(chain.events[:place] + chain.events[place + 1 :], f"event {event['sequence']} is missing")
+
+
+def test_a_ledger_that_ends_early_is_found_wherever_it_ends(chain: Chain) -> None:
+    for length in range(1, len(chain.events)):
+        chain.require_found(chain.events[:length], f"ends after event {length}", "cut off")
+
+
+def test_two_events_in_the_other_order_are_found(chain: Chain) -> None:
+    for place in range(len(chain.events) - 1):
+        first, second = chain.events[place], chain.events[place + 1]
+        number = first["sequence"]
+        swapped = [{**second, "sequence": number}, {**first, "sequence": number + 1}]
+        chain.require_found([*chain.events[:place], *swapped, *chain.events[place + 2 :]], f"event {number}")
+
+
+def test_a_chain_that_was_computed_anew_is_found_wherever_it_begins(chain: Chain) -> None:
+    for place in range(len(chain.events)):
+        forged: list[dict[str, Any]] = list(chain.events[:place])
+        for event in chain.events[place:]:
+            fields = {name: value for name, value in event.items() if name != "hash"}
+            fields["previous_hash"] = forged[-1]["hash"] if forged else ledger.GENESIS
+            if event is chain.events[place]:
+                fields["actor"] = "somebody else"
+            forged.append({**fields, "hash": ledger.event_hash(**fields)})
+        assert list(ledger.check_chain(ledger.Event(**event) for event in forged)) == []
+        chain.require_found(forged, "computed anew", f"event {place + 1}")

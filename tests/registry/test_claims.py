@@ -1,8 +1,5 @@
 """A protected neuron is never claimed again, whoever asks, until its patch is reverted."""
 
-import multiprocessing
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,8 +20,11 @@ from registry.claims import (
 )
 from registry.database import Registry
 from registry.errors import ClaimError, NeuronProtectedError, RegistryBusyError
+from registry.heads import check_ledger
+from registry.ledger import events
 from registry.queries import applied_patches, module_ids, next_sequence
 from registry.schema import Patch, ProtectedDirection
+from tests.lock_step import Together, Wait, in_processes, in_threads
 from tests.registry.records import add_lineage, add_patch
 
 
@@ -182,53 +182,47 @@ def test_two_patches_planned_on_one_head_collide(claimed: Registry) -> None:
         add_patch(session, lineage, sequence=2, state="planned")
 
 
-def _claim_one(url: str, directory: Path, patch_id: int, wait: Callable[[], object]) -> str:
-    """What became of one writer's claim on neuron 3: "claimed", or the class of the refusal."""
-    with Registry.open(url, directory=directory) as registry:
-        wait()
-        try:
-            with registry.write() as session:
-                claim(session, 1, patch_id, {1: [3, patch_id]})
-                registry.record(
-                    session, action="claimed", subject_kind="patch", subject_name=str(patch_id), payload={}, actor="ada"
-                )
-        except NeuronLedgerError as error:
-            return type(error).__name__
-    return "claimed"
+WRITERS = 16
 
 
-def test_of_many_threads_one_gets_the_neuron(registry: Registry, registry_url: str, registry_directory: Path) -> None:
+@pytest.mark.parametrize("together", [in_threads, in_processes])
+@pytest.mark.parametrize("shape", ["one for all", "two neighbours each"])
+def test_of_many_writers_each_neuron_has_one_claim_and_none_is_lost(
+    registry: Registry, registry_url: str, registry_directory: Path, shape: str, together: Together
+) -> None:
     with registry.write() as session:
-        lineage = add_lineage(session, out_features=50)
-        for sequence in range(1, 9):
+        lineage = add_lineage(session, out_features=64)
+        for sequence in range(1, WRITERS + 1):
             add_patch(session, lineage, sequence=sequence)
-    barrier = threading.Barrier(5)
-    outcomes: list[str] = []
-    threads = [
-        threading.Thread(
-            target=lambda patch: outcomes.append(_claim_one(registry_url, registry_directory, patch, barrier.wait)),
-            args=(patch,),
-        )
-        for patch in range(4, 9)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(outcomes) == ["NeuronProtectedError"] * 4 + ["claimed"]
+    registry.close()
+    shared = 40
+    wanted = [{number, shared if shape == "one for all" else number + 1} for number in range(WRITERS)]
+
+    def writer(number: int, wait: Wait) -> str:
+        with Registry.open(registry_url, directory=registry_directory) as own:
+            wait()
+            try:
+                with own.write() as session:
+                    claim(session, 1, number + 1, {1: wanted[number]})
+                    own.record(
+                        session, action="claimed", subject_kind="patch", subject_name=str(number), payload={},
+                        actor="ada",
+                    )  # fmt: skip
+            except NeuronLedgerError as error:
+                return type(error).__name__
+        return "claimed"
+
+    outcomes = together(writer, WRITERS)
+    winners = {number for number, outcome in enumerate(outcomes) if outcome == "claimed"}
+    assert {outcome for outcome in outcomes if outcome != "claimed"} == {"NeuronProtectedError"}
     with registry.read() as session:
-        assert protected_count(session, 1) == 2
-
-
-def _claim_in_process(url: str, directory: Path, patch_id: int) -> str:
-    return _claim_one(url, directory, patch_id, lambda: None)
-
-
-def test_of_two_processes_one_gets_the_neuron(registry: Registry, registry_url: str, registry_directory: Path) -> None:
-    with registry.write() as session:
-        lineage = add_lineage(session, out_features=50)
-        for sequence in (1, 2, 3, 4, 5):
-            add_patch(session, lineage, sequence=sequence)
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        outcomes = pool.starmap(_claim_in_process, [(registry_url, registry_directory, patch) for patch in (4, 5)])
-    assert sorted(outcomes) == ["NeuronProtectedError", "claimed"]
+        held = protected(session, 1)[1]
+        recorded = list(events(session))
+    assert held == {neuron: number + 1 for number in winners for neuron in wanted[number]}
+    if shape == "one for all":
+        assert len(winners) == 1
+    else:  # who lost did so to a neighbour that won
+        assert all({number - 1, number, number + 1} & winners for number in range(WRITERS))
+    assert [event.sequence for event in recorded] == list(range(1, len(winners) + 1))
+    assert {int(event.subject_name) for event in recorded} == winners
+    assert list(check_ledger(registry.heads.read(), recorded)) == []

@@ -1,0 +1,66 @@
+"""What the changed rows of one module come to: how many kept their bytes, and norms before, after and of the change."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from algorithms.differences import squared_norm
+
+
+@dataclass(frozen=True)
+class ModuleOutcome:
+    """What the computed rows of one module came to.
+
+    Attributes:
+        rows: rows claimed.
+        rows_unchanged: rows whose bytes are the same after rounding to the file's dtype.
+        change_norm: Frobenius norm of new minus old rows, in the file's coordinates.
+        norm_before, norm_after: Frobenius norms of the rows in the file's coordinates.
+    """
+
+    module: str
+    rows: int
+    rows_unchanged: int
+    change_norm: float
+    norm_before: float
+    norm_after: float
+
+
+class RowFigures:
+    """Figures of one module's rows, gathered block by block."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._rows = self._unchanged = 0
+        self._change = self._before = self._after = 0.0
+
+    def add(self, old: Tensor, new: Tensor) -> None:
+        """Count a block of rows, old (n, width) and new (n, width + extension) in the file's dtype."""
+        wide = widened(old, new.shape[1])
+        self._rows += len(new)
+        self._unchanged += int((stored_bits(wide) == stored_bits(new)).all(dim=1).sum())
+        self._change += squared_norm(new.float() - wide.float())
+        self._before += squared_norm(old)
+        self._after += squared_norm(new)
+
+    def outcome(self) -> ModuleOutcome:
+        """Return the figures of all rows so far."""
+        return ModuleOutcome(
+            module=self._module,
+            rows=self._rows,
+            rows_unchanged=self._unchanged,
+            change_norm=self._change**0.5,
+            norm_before=self._before**0.5,
+            norm_after=self._after**0.5,
+        )
+
+
+def widened(rows: Tensor, width: int) -> Tensor:
+    """Return rows (n, w) with zeros up to a width: what they are once lora_A has gained rows."""
+    return torch.cat([rows, rows.new_zeros(len(rows), width - rows.shape[1])], dim=1)
+
+
+def stored_bits(values: Tensor) -> Tensor:
+    """Return the stored bits as integers: two zeros of different sign are different bytes."""
+    return values.view(torch.int32 if values.dtype.itemsize == 4 else torch.int16)
