@@ -241,8 +241,8 @@ def _time_verdict(results: Results, layout: str, operation: str) -> Iterator[Ver
     unflushed = apply.seconds / base.figures["unflushed_seconds"]
     yield Verdict(
         f"apply, {layout}, {operation}, {size:g} GB: {apply.seconds:.2f} s against {base.seconds:.2f} s of load and "
-        f"save, {share:.2f} of it ({unflushed:.2f} of it without fsync; wanted {SHARE_OF_LOAD_AND_SAVE} at most); on cores "
-        f"{apply.processor_seconds:.2f} s against {base.processor_seconds:.2f} s",
+        f"save, {share:.2f} of it ({unflushed:.2f} of it without fsync; wanted {SHARE_OF_LOAD_AND_SAVE} at most); "
+        f"on cores {apply.processor_seconds:.2f} s against {base.processor_seconds:.2f} s",
         share <= SHARE_OF_LOAD_AND_SAVE,
     )
 
