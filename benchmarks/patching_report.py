@@ -109,7 +109,7 @@ def print_report(results: Results) -> None:
         console.print(f"{name}: {value}")
     console.print(
         "Files were read once before each phase and earlier writes flushed; 'from disk' says what the page cache had "
-        "lost all the same.\n"
+        "lost all the same. 'on cores' is processor time, which other work on the machine changes least.\n"
     )
     for layout, operation in results.chains():
         console.print(chain_table(results, layout, operation))
@@ -127,7 +127,8 @@ def chain_table(results: Results, layout: str, operation: str) -> Table:
     names = (
         "GB",
         "seconds",
-        "seconds per GB",
+        "per GB",
+        "on cores",
         "of load+save",
         "MB read",
         "from disk",
@@ -150,7 +151,7 @@ def set_up_table(results: Results) -> Table:
     """What is done once: registering, creating the lineage; and a plain copy."""
     table = Table(title="once per model, and a plain copy (unflushed: without fsync)", title_justify="left")
     table.add_column("phase")
-    for name in ("GB", "seconds", "unflushed", "MB read", "from disk", "MB written", "MiB beyond imports"):
+    for name in ("GB", "seconds", "unflushed", "on cores", "MB read", "from disk", "MB written", "MiB beyond imports"):
         table.add_column(name, justify="right")
     for phase in ("register base", "register aligned", "register subject", "create lineage", "copy", "load+save"):
         for size in results.sizes:
@@ -160,8 +161,8 @@ def set_up_table(results: Results) -> Table:
             if cost is not None:
                 memory = results.memory_beyond_imports(*key)
                 unflushed = cost.figures.get("unflushed_seconds")
-                gigabytes, seconds, _, _, *rest = _cells(cost, None, results.bytes[_joined((size,))], memory)
-                table.add_row(phase, gigabytes, seconds, "" if unflushed is None else f"{unflushed:.2f}", *rest)
+                gigabytes, seconds, _, busy, _, *rest = _cells(cost, None, results.bytes[_joined((size,))], memory)
+                table.add_row(phase, gigabytes, seconds, "" if unflushed is None else f"{unflushed:.2f}", busy, *rest)
     return table
 
 
@@ -171,6 +172,7 @@ def _cells(cost: Cost, base: Cost | None, size: int, memory: float | None) -> tu
         f"{gigabytes:.2f}",
         f"{cost.seconds:.2f}",
         f"{cost.seconds / gigabytes:.2f}",
+        f"{cost.processor_seconds:.2f}",
         "" if base is None else f"{cost.seconds / base.seconds:.3f}",
         f"{cost.read / 1e6:,.0f}",
         f"{cost.device_read / 1e6:,.0f}",
@@ -239,7 +241,8 @@ def _time_verdict(results: Results, layout: str, operation: str) -> Iterator[Ver
     unflushed = apply.seconds / base.figures["unflushed_seconds"]
     yield Verdict(
         f"apply, {layout}, {operation}, {size:g} GB: {apply.seconds:.2f} s against {base.seconds:.2f} s of load and "
-        f"save, {share:.2f} of it ({unflushed:.2f} of it without fsync; wanted {SHARE_OF_LOAD_AND_SAVE} at most)",
+        f"save, {share:.2f} of it ({unflushed:.2f} of it without fsync; wanted {SHARE_OF_LOAD_AND_SAVE} at most); "
+        f"on cores {apply.processor_seconds:.2f} s against {base.processor_seconds:.2f} s",
         share <= SHARE_OF_LOAD_AND_SAVE,
     )
 

@@ -186,6 +186,7 @@ def test_bytes_and_memory_of_a_phase_are_counted(tmp_path: Path) -> None:
     assert cost.read >= 3 * MIB
     assert cost.peak_memory > 50 * MIB
     assert 0 < cost.seconds < 60
+    assert 0 <= cost.processor_seconds < 60
     assert cost.figures == {"answer": 42}
 
 
@@ -207,7 +208,7 @@ def test_a_phase_runs_in_a_process_of_its_own_and_its_failure_is_told(tmp_path: 
 
 
 def cost(seconds: float, peak: float, **figures: Any) -> Cost:
-    return Cost(seconds, 10, 20, 0, 20, int(peak * MIB), figures)
+    return Cost(seconds, 2 * seconds, 10, 20, 0, 20, int(peak * MIB), figures)
 
 
 def filled(path: Path, *, apply_seconds: float = 1.0, grown: float = 100.0) -> Results:
