@@ -120,7 +120,7 @@ def read_lineage(workspace: Workspace, name: str) -> LineageState:
             state_digest=lineage.state_digest,
             head_patch_id=lineage.head_patch_id,
             head_sequence=lineage.head.sequence if lineage.head else None,
-            locations={role: _location(model) for role, model in models.items()},
+            locations={role: location_of(model) for role, model in models.items()},
             subject_digest=lineage.subject.state_digest,
             parameters=lineage.subject.parameters,
             linear_parameters=lineage.subject.linear_parameters,
@@ -128,7 +128,7 @@ def read_lineage(workspace: Workspace, name: str) -> LineageState:
             subject=weights_of(lineage.subject),
             aligned=weights_of(lineage.aligned),
             base=weights_of(lineage.base),
-            head=open_weights(Path(lineage.working_path), _location(lineage.subject).base_path),
+            head=open_weights(Path(lineage.working_path), location_of(lineage.subject).base_path),
             protected=protected,
             protectors=protectors,
             patch_dimensions={patch.id: patch.dimension.name for patch in queries.list_patches(session, lineage.id)},
@@ -198,7 +198,8 @@ def require_working_unchanged(lineage: Lineage) -> None:
         )
 
 
-def _location(model: Model) -> ModelLocation:
+def location_of(model: Model) -> ModelLocation:
+    """Where a registered model lies, and the checkpoint under it when it is an adapter."""
     return ModelLocation(
         name=model.name,
         path=Path(model.path),
