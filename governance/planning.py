@@ -21,7 +21,7 @@ from algorithms.settings import FgsnSettings
 from algorithms.weights import AdapterWeights
 from governance.errors import PlanError, SpaceError
 from governance.identification import stored_identification
-from governance.lineage_state import LineageState, read_lineage
+from governance.lineage_state import LineageState, read_lineage, telling_writers_apart
 from governance.patch_artifact import ArtifactHeader, ArtifactModule, ArtifactWriter
 from governance.provenance import Origin
 from governance.row_figures import ModuleOutcome, RowFigures
@@ -221,7 +221,8 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
         workspace.progress("computing rows", len(header.modules), len(header.modules))
         change = Change(artifact=path, side="new", applied_after=())
         files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
-        expected = check_change(files)
+        with telling_writers_apart(workspace, lineage.name, lineage.state_digest):
+            expected = check_change(files)
         yield PreparedPatch(plan, path, tuple(outcomes), expected, identify=lambda _: plan.identification_id)
 
 
