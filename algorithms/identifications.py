@@ -1,17 +1,16 @@
 """What an FGSN identification found, and how it is stored: its tensors and a JSON summary of the rest."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 
-from algorithms.errors import SettingsError
+from algorithms.editors import EditSources
 from algorithms.layers import LayerScore
-from algorithms.operations import ModuleStatistics
+from algorithms.operations import ModuleStatistics, RowEditor
 from algorithms.settings import FgsnSettings
+from algorithms.stored_parts import readable, unreadable
 
 _MODULE_TENSORS = ("scores", "benign_scores", "ranks", "selected", "benign_overlap", "already_protected")
 _GROUP_TENSORS = ("input_norms", "directions")
@@ -142,7 +141,7 @@ class StoredIdentification:
     """
 
     def __init__(self, summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        with _readable():
+        with readable():
             self.settings = FgsnSettings.model_validate(summary["settings"])
             self.unreached: tuple[str, ...] = tuple(summary["unreached"])
             self._entries = {str(entry["module"]): entry for entry in summary["modules"]}
@@ -152,7 +151,7 @@ class StoredIdentification:
         for module in self._entries:
             for kind in ("scores", "ranks", "selected", "benign_overlap", "already_protected"):
                 if f"{kind}/{module}" not in names:
-                    raise _unreadable(f"no tensor {kind}/{module}")
+                    raise unreadable(f"no tensor {kind}/{module}")
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -171,13 +170,23 @@ class StoredIdentification:
             self._tensors.get(f"directions/{group}"),
         )
 
+    def require_unprotected(self, protected: Mapping[str, Tensor]) -> None:
+        """Nothing is refused: protected rows are left out row by row."""
+        del protected
+
+    def editor(self, sources: EditSources, module: str, rows: Tensor) -> RowEditor:
+        """Who computes new values of some of a module's selected rows; see `editors.Selection`."""
+        return RowEditor(
+            sources.subject, sources.aligned, sources.base, module, rows, self.settings, self.statistics(module)
+        )
+
     def whole(self) -> Identification:
         """All of it at once.
 
         Raises:
             SettingsError: an entry is missing.
         """
-        with _readable():
+        with readable():
             return Identification(
                 settings=self.settings,
                 layer_scores=tuple(LayerScore(**layer) for layer in self._summary["layer_scores"]),
@@ -185,18 +194,6 @@ class StoredIdentification:
                 unreached=self.unreached,
                 **{name: self._summary[name] for name in _FIGURES},
             )
-
-
-@contextmanager
-def _readable() -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, TypeError, ValidationError) as broken:
-        raise _unreadable(str(broken)) from broken
-
-
-def _unreadable(problem: str) -> SettingsError:
-    return SettingsError(f"A stored identification cannot be read ({problem})", "Identify again with this version")
 
 
 def _store(tensors: dict[str, Tensor], name: str, value: Tensor | None) -> None:

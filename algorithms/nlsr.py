@@ -72,14 +72,25 @@ def identify(
             subject, or in form factor the subject does not continue from the reference.
         NonFiniteError: NaN or infinity in weights, activations or scores.
     """
-    _require_same_modules(subject, reference, base, head)
-    require_reachable(subject, reference)
-    if settings.form == "factor":
-        require_continuation(subject, reference, settings.least_correlation)
+    require_same_modules(subject, base, head)
+    require_transplantable(subject, reference, settings)
     run = _Run(subject, reference, base, head, settings, protected or {}, progress)
     scope, unreached = run.modules_in_scope()
     statistics = run.statistics(load, scope, safe, pad_id) if settings.needs_pass and scope else None
     return run.identification(scope, unreached, statistics)
+
+
+def require_transplantable(subject: WeightSource, reference: WeightSource, settings: NlsrSettings) -> None:
+    """Refuse a reference whose rows, or entries of whose factors, cannot take the subject's place.
+
+    Raises:
+        MismatchError: other modules, another checkpoint under a LoRA subject, or in form factor adapters of which
+            neither continues from the other.
+    """
+    require_same_modules(subject, reference)
+    require_reachable(subject, reference)
+    if settings.form == "factor":
+        require_continuation(subject, reference, settings.least_correlation)
 
 
 @dataclass(frozen=True)
@@ -277,7 +288,12 @@ def _of_module(statistics: PromptStatistics | None, module: LinearModule) -> Reg
     return RegionStatistics(moment, statistics.input_norms.get(module.input_group))
 
 
-def _require_same_modules(subject: WeightSource, *others: WeightSource) -> None:
+def require_same_modules(subject: WeightSource, *others: WeightSource) -> None:
+    """Refuse models of other modules or shapes.
+
+    Raises:
+        MismatchError: names the module.
+    """
     for other in others:
         for name, module in subject.modules.items():
             paired = other.modules.get(name)
@@ -288,4 +304,4 @@ def _require_same_modules(subject: WeightSource, *others: WeightSource) -> None:
                 )
 
 
-__all__ = ["NlsrIdentification", "NlsrModule", "Progress", "identify"]
+__all__ = ["NlsrIdentification", "NlsrModule", "Progress", "identify", "require_transplantable"]

@@ -5,15 +5,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from algorithms.errors import SettingsError
-from algorithms.module_choice import ModuleChoice
+from algorithms.editors import EditSources
+from algorithms.layers import LayerScore
+from algorithms.module_choice import ModuleChoice, patched_modules
 from algorithms.nlsr_settings import NlsrSettings
 from algorithms.regions import FactorMasks
+from algorithms.stored_parts import readable, unreadable
+from algorithms.transplants import FactorEditor, TransplantEditor, require_unprotected
 
 _MODULE_TENSORS = ("scores", "ranks", "region", "selected", "already_protected")
+_MASKS = ("mask_A", "mask_B")
 _FIGURES = ("linear_parameters", "selected_parameters", "counted_tokens")
 
 
@@ -42,6 +45,11 @@ class NlsrModule:
     already_protected: Tensor
     masks: FactorMasks | None
 
+    @property
+    def benign_overlap(self) -> Tensor:
+        """Empty: no benign prompts are set against the safe answers."""
+        return self.selected[:0]
+
 
 @dataclass(frozen=True)
 class NlsrIdentification:
@@ -66,6 +74,11 @@ class NlsrIdentification:
     linear_parameters: int
     selected_parameters: int
     counted_tokens: int
+
+    @property
+    def layer_scores(self) -> tuple[LayerScore, ...]:
+        """Empty: modules are chosen by what fine-tuning did to them, not by a curve over the blocks."""
+        return ()
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by a name that safetensors can store; `summary` holds the rest.
@@ -93,35 +106,86 @@ class NlsrIdentification:
             **{name: getattr(self, name) for name in _FIGURES},
         }
 
-    @classmethod
-    def from_parts(cls, summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "NlsrIdentification":
-        """The identification that `summary` and `tensors` came from.
+
+class StoredNlsrIdentification:
+    """A stored identification of which one module at a time is in memory.
+
+    Args:
+        summary: what `NlsrIdentification.summary` returned.
+        tensors: what `NlsrIdentification.tensors` returned; a mapping that reads from a file will do.
+
+    Attributes:
+        settings, choices, unreached: as of the identification.
+
+    Raises:
+        SettingsError: an entry or a tensor is missing, or the settings are not valid.
+    """
+
+    def __init__(self, summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        with readable():
+            self.settings = NlsrSettings.model_validate(summary["settings"])
+            self.choices = tuple(ModuleChoice(**choice) for choice in summary["choices"])
+            self.unreached: tuple[str, ...] = tuple(summary["unreached"])
+            self._input_groups = {str(entry["module"]): str(entry["input_group"]) for entry in summary["modules"]}
+            self._summary = summary
+        self._tensors = tensors
+        names = set(tensors)
+        kinds = (*_MODULE_TENSORS, *(_MASKS if self.settings.form == "factor" else ()))
+        for module in self._input_groups:
+            for kind in kinds:
+                if f"{kind}/{module}" not in names:
+                    raise unreadable(f"no tensor {kind}/{module}")
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules in scope, in order; those left alone included."""
+        return tuple(self._input_groups)
+
+    def selected(self, module: str) -> Tensor:
+        """(n,) int64 ascending, the rows chosen in a module; none where the module is left alone."""
+        return self._tensors[f"selected/{module}"]
+
+    def masks(self, module: str) -> FactorMasks | None:
+        """The region in the entries of both factors; None in form neuron."""
+        if self.settings.form == "neuron":
+            return None
+        return FactorMasks(self._tensors[f"mask_A/{module}"].bool(), self._tensors[f"mask_B/{module}"].bool())
+
+    def require_unprotected(self, protected: Mapping[str, Tensor]) -> None:
+        """Form factor changes every row of a patched module, so none of them may be protected.
 
         Raises:
-            SettingsError: an entry or a tensor is missing, or the settings are not valid.
+            SettingsError: names the first patched module with a protected row.
         """
-        try:
-            return cls(
-                settings=NlsrSettings.model_validate(summary["settings"]),
-                modules=tuple(_module_from_parts(entry, tensors) for entry in summary["modules"]),
-                choices=tuple(ModuleChoice(**choice) for choice in summary["choices"]),
-                unreached=tuple(summary["unreached"]),
-                **{name: summary[name] for name in _FIGURES},
+        if self.settings.form == "factor":
+            require_unprotected(patched_modules(self.choices), protected)
+
+    def editor(self, sources: EditSources, module: str, rows: Tensor) -> TransplantEditor | FactorEditor:
+        """Who computes new values of some of a module's selected rows; see `editors.Selection`."""
+        masks = self.masks(module)
+        if masks is None:
+            return TransplantEditor(sources.subject, sources.reference, module, rows)
+        return FactorEditor(sources.subject, sources.reference, module, masks)
+
+    def whole(self) -> NlsrIdentification:
+        """All of it at once.
+
+        Raises:
+            SettingsError: an entry is missing.
+        """
+        with readable():
+            return NlsrIdentification(
+                settings=self.settings,
+                modules=tuple(self._module(*names) for names in self._input_groups.items()),
+                choices=self.choices,
+                unreached=self.unreached,
+                **{name: self._summary[name] for name in _FIGURES},
             )
-        except (KeyError, TypeError, ValidationError) as broken:
-            raise SettingsError(
-                f"A stored identification cannot be read ({broken})", "Identify again with this version"
-            ) from broken
 
-
-def _module_from_parts(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> NlsrModule:
-    module = str(entry["module"])
-    masks = None
-    if f"mask_A/{module}" in tensors:
-        masks = FactorMasks(tensors[f"mask_A/{module}"].bool(), tensors[f"mask_B/{module}"].bool())
-    return NlsrModule(
-        module=module,
-        input_group=str(entry["input_group"]),
-        masks=masks,
-        **{kind: tensors[f"{kind}/{module}"] for kind in _MODULE_TENSORS},
-    )
+    def _module(self, module: str, input_group: str) -> NlsrModule:
+        return NlsrModule(
+            module=module,
+            input_group=input_group,
+            masks=self.masks(module),
+            **{kind: self._tensors[f"{kind}/{module}"] for kind in _MODULE_TENSORS},
+        )

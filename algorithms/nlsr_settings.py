@@ -6,7 +6,7 @@ field here.
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -31,7 +31,15 @@ class NlsrSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    method: ClassVar[Literal["nlsr"]] = "nlsr"
+    purposes: ClassVar[tuple[Literal["harmful", "benign"], ...]] = ("harmful",)
+
     # --- the reference
+    reference: str | None = Field(
+        None,
+        description="Name of a registered reference model to take rows from; left out, it is the extrapolation by "
+        "beta. Where it is given, beta is not read.",
+    )
     beta: float = Field(
         0.9, ge=0, description="Extrapolation β of the reference, W_e = (1+β)·W_a − β·W_0; 0 is the aligned model."
     )
@@ -193,12 +201,12 @@ class NlsrSettings(BaseModel):
     def warnings(self) -> tuple[str, ...]:
         """Sentences that a user should read before a run with these settings; empty when there is none."""
         found: list[str] = []
-        if self.mode == "published-code":
+        if self.mode == "published-code" and self.reference is None:
             found.append(
                 f"mode published-code multiplies both factors by {self.published_factor:g}, so the aligned update by "
                 f"{self.published_factor**2:.3g}; beta is not read."
             )
-        elif self.beta >= _STRONG_EXTRAPOLATION:
+        elif self.reference is None and self.beta >= _STRONG_EXTRAPOLATION:
             found.append(
                 f"beta {self.beta:g} can break the reference itself; evaluate the reference before a transplantation, "
                 "and lower beta if its answers are worse than the aligned model's."

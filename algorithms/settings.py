@@ -6,7 +6,7 @@ that an identification can always say what produced it.
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -31,6 +31,9 @@ class FgsnSettings(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: ClassVar[Literal["fgsn"]] = "fgsn"
+    purposes: ClassVar[tuple[Literal["harmful", "benign"], ...]] = ("harmful", "benign")
 
     # --- which neurons
     score: Score = Field(

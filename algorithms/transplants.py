@@ -17,7 +17,7 @@ from torch import Tensor
 
 from algorithms.architectures import LinearModule
 from algorithms.coordinates import row_coordinates
-from algorithms.differences import BLOCK_BYTES, LayeredWeights, require_finite_values, same_checkpoint
+from algorithms.differences import STREAM_BYTES, LayeredWeights, require_finite_values, same_checkpoint
 from algorithms.errors import MismatchError, SettingsError
 from algorithms.operations import RowEdit
 from algorithms.regions import FactorMasks
@@ -56,7 +56,7 @@ class TransplantEditor:
 
     def edits(self) -> Iterator[RowEdit]:
         """The edits of all rows in ascending order; one empty edit when there are no rows."""
-        height = max(1, BLOCK_BYTES // (4 * self.module.in_features))
+        height = max(1, STREAM_BYTES // (4 * self.module.in_features))
         for start in range(0, max(1, len(self.row_index)), height):
             index = self.row_index[start : start + height]
             values = self._coordinates.aligned_rows(index).clone()

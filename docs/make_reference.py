@@ -1,4 +1,4 @@
-"""Write docs/reference.md: every command's `--help`, and every setting of FGSN with its default and description.
+"""Write docs/reference.md: the `--help` of every command, and the settings of both methods with their defaults.
 
     python docs/make_reference.py
 
@@ -48,18 +48,31 @@ def _contexts(command: click.Command, parent: click.Context | None) -> list[clic
 
 
 def _settings() -> list[str]:
-    from algorithms.settings import PRESETS, FgsnSettings
+    from algorithms.methods import METHODS
 
-    lines = ["## Settings of FGSN", "", "For `--set KEY=VALUE` and settings files.", ""]
-    lines += ["| setting | default | what it is |", "|---|---|---|"]
-    for name, field in FgsnSettings.model_fields.items():
-        default = "none" if field.default in (None, ()) else field.default
-        lines.append(f"| `{name}` | `{default}` | {field.description} |")
-    lines += ["", "## Presets", "", "What each preset sets; everything else is the default above.", ""]
-    lines += ["| preset | settings |", "|---|---|"]
-    for name, settings in PRESETS.items():
-        chosen = ", ".join(f"`{key}={value}`" for key, value in settings.model_dump(exclude_defaults=True).items())
-        lines.append(f"| `{name}` | {chosen or 'the defaults'} |")
+    lines: list[str] = []
+    for name, method in METHODS.items():
+        fields = type(method.presets["default"]).model_fields
+        lines += [
+            f"## Settings of {method.title}",
+            "",
+            f"For `--method {name}` with `--set KEY=VALUE` and settings files.",
+        ]
+        lines += ["", "| setting | default | what it is |", "|---|---|---|"]
+        for field_name, field in fields.items():
+            default = "none" if field.default in (None, ()) else field.default
+            lines.append(f"| `{field_name}` | `{default}` | {field.description} |")
+        lines += [
+            "",
+            f"## Presets of {method.title}",
+            "",
+            "What each preset sets; everything else is the default above.",
+        ]
+        lines += ["", "| preset | settings |", "|---|---|"]
+        for preset, settings in method.presets.items():
+            chosen = ", ".join(f"`{key}={value}`" for key, value in settings.model_dump(exclude_defaults=True).items())
+            lines.append(f"| `{preset}` | {chosen or 'the defaults'} |")
+        lines.append("")
     return lines
 
 

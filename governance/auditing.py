@@ -208,6 +208,7 @@ def _check_registration(model: Model, events: list[ledger.Event]) -> Iterator[Fi
         "path": model.path,
         "role": model.role,
         "files": {file.file: file.digest for file in model.files},
+        "made_from": model.details.get("made_from"),
     }
     if not told:
         yield Finding("records", f"model {model.name}", "the ledger does not tell of its registration")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -69,7 +70,15 @@ class DimensionSummary:
     actor: str
 
 
-def register_model(workspace: Workspace, name: str, path: Path, role: Role, base: str | None = None) -> ModelSummary:
+def register_model(
+    workspace: Workspace,
+    name: str,
+    path: Path,
+    role: Role,
+    base: str | None = None,
+    *,
+    made_from: Mapping[str, Any] | None = None,
+) -> ModelSummary:
     """Check a checkpoint or a LoRA adapter and record it with the digest of every tensor and file.
 
     Args:
@@ -78,6 +87,7 @@ def register_model(workspace: Workspace, name: str, path: Path, role: Role, base
         path: directory of safetensors files, or of a PEFT LoRA adapter.
         role: `base`, `aligned`, `subject` or `reference`.
         base: for an adapter, the name of the registered checkpoint that it adapts.
+        made_from: of a model that was made here, the models and settings that it came from.
 
     Raises:
         RecordExistsError: the name is taken.
@@ -101,6 +111,7 @@ def register_model(workspace: Workspace, name: str, path: Path, role: Role, base
         record = _model_record(name, role, directory, base_id, weights, state)
         record.actor = workspace.actor
         record.created_at = workspace.clock()
+        record.details = {"made_from": dict(made_from)} if made_from else {}
         with workspace.registry.write() as session:
             queries.require_absent(session, Model, name)
             session.add(record)
@@ -118,6 +129,7 @@ def register_model(workspace: Workspace, name: str, path: Path, role: Role, base
                     "parameters": record.parameters,
                     "state_digest": record.state_digest,
                     "files": {file.file: file.digest for file in record.files},
+                    **record.details,
                 },
             )
             session.flush()

@@ -11,17 +11,14 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from sqlalchemy.orm import Session
-from torch import nn
 
-from algorithms.calibration import CalibrationItem, calibration_items, padding_id
-from algorithms.fgsn import Identification, ModuleIdentification, identify
-from algorithms.generation import generate
-from algorithms.identifications import StoredIdentification
-from algorithms.loading import load_model, load_tokenizer
-from algorithms.settings import FgsnSettings, ModelRole
+from algorithms.editors import Selection, Settings
+from algorithms.judges import Judge
+from algorithms.methods import Found, FoundModule, method_of
 from governance.errors import InputError, SpaceError
+from governance.identification_runs import runner
 from governance.lineage_state import LineageState, read_lineage
-from governance.prompt_sets import PromptRow, canonical_rows, parse_canonical
+from governance.prompt_sets import PromptRow, parse_canonical
 from governance.tensor_file import TensorFile
 from governance.workspace import Workspace
 from registry import ledger, queries
@@ -34,7 +31,10 @@ _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy")
 
 @dataclass(frozen=True)
 class IdentificationSummary:
-    """One identification, as `identify` shows it."""
+    """One identification, as `identify` shows it.
+
+    Layers, overlap and rank correlation are FGSN's, choices of modules, reference and safe answers NLSR's.
+    """
 
     identification: int
     lineage: str
@@ -51,58 +51,35 @@ class IdentificationSummary:
     overlap: float | None
     rank_correlation: float | None
     layers: tuple[dict[str, Any], ...]
+    choices: tuple[dict[str, Any], ...]
+    reference: dict[str, Any] | None
+    safe_answers: dict[str, Any] | None
     unreached: tuple[str, ...]
     warnings: tuple[str, ...]
     created_at: datetime
     reused: bool
 
 
-@dataclass(frozen=True)
-class CalibrationPrompts:
-    """The prompts of one identification, and which prompt sets and answers they came from."""
-
-    harmful: tuple[PromptRow, ...]
-    benign: tuple[PromptRow, ...]
-    prompt_set_ids: tuple[int, ...]
-
-
-class ModelCache:
-    """Loads a lineage's models for forward passes; keeps the last one, so that answering and measuring share it."""
-
-    def __init__(self, lineage: LineageState) -> None:
-        self._lineage = lineage
-        self._role: ModelRole | None = None
-        self._model: nn.Module | None = None
-
-    def load(self, role: ModelRole) -> nn.Module:
-        """Return the aligned model or the head, ready for a forward pass."""
-        if role != self._role or self._model is None:
-            self._model = None
-            location = self._lineage.locations["aligned" if role == "aligned" else "subject"]
-            path = location.path if role == "aligned" else self._lineage.working
-            self._model, _ = load_model(path, location.base_path)
-            self._role = role
-        return self._model
-
-
 def run_identification(
     workspace: Workspace,
     lineage_name: str,
     dimension_name: str,
-    settings: FgsnSettings,
+    settings: Settings,
     preset: str | None = None,
     *,
     reuse: bool = False,
+    judge: Judge | None = None,
 ) -> IdentificationSummary:
     """Identify the neurons of a dimension in a lineage at its head, and record them.
 
     Args:
         workspace: where to record.
         lineage_name: the lineage.
-        dimension_name: the dimension, whose harmful and benign prompts calibrate.
-        settings: every choice of the method.
+        dimension_name: the dimension, whose prompts calibrate.
+        settings: every choice of the method; which method it is they say themselves.
         preset: name of the preset that the settings came from, for the record.
         reuse: return the newest identification with the same settings at the same head, if there is one.
+        judge: what tells safe answers from others where NLSR has to generate them; refusal phrases when left out.
 
     Raises:
         NeuronLedgerError: the lineage, the prompts or the settings cannot be used.
@@ -122,15 +99,16 @@ def run_identification(
                 )
                 if held is not None:
                     return _summary(held, reused=True)
-            prompts = _prompts(workspace, session, dimension, settings)
+            prompts, prompt_set_ids = _prompts(workspace, session, dimension, settings)
             dimension_id = dimension.id
         lineage = read_lineage(workspace, lineage_name)
-        found, answers_digest = _identify(workspace, lineage, prompts, settings)
+        outcome = runner(settings, judge)(workspace, lineage, prompts)
+        found = outcome.found
         artifact = _store(workspace, found)
         record = IdentificationRecord(
             lineage_id=lineage.lineage_id,
             dimension_id=dimension_id,
-            method="fgsn",
+            method=settings.method,
             preset=preset,
             settings=settings.model_dump(mode="json"),
             settings_digest=digest,
@@ -140,10 +118,11 @@ def run_identification(
             library_versions={"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
             summary={
                 "found": found.summary(),
-                "answers": answers_digest,
+                "answers": outcome.answers,
                 "counts": _counts(found),
                 "head_sequence": lineage.head_sequence,
                 "warnings": list(settings.warnings()),
+                **outcome.details,
             },
             artifact_digest=artifact,
             created_at=workspace.clock(),
@@ -152,7 +131,7 @@ def run_identification(
         with workspace.registry.write() as session:
             session.add(record)
             session.flush()
-            _record_details(session, record.id, found, lineage, prompts)
+            _record_details(session, record.id, found, lineage, prompt_set_ids)
             workspace.record(
                 session,
                 "identification.recorded",
@@ -161,12 +140,13 @@ def run_identification(
                 {
                     "identification": record.id,
                     "dimension": dimension_name,
-                    "method": "fgsn",
+                    "method": settings.method,
                     "preset": preset,
                     "settings_digest": digest,
                     "seed": settings.seed,
                     "state_digest": lineage.state_digest,
                     "artifact": artifact,
+                    **outcome.details,
                     **_counts(found),
                 },
             )
@@ -175,95 +155,33 @@ def run_identification(
 
 
 def stored_identification(
-    workspace: Workspace, artifact_digest: str, summary: Mapping[str, Any]
-) -> StoredIdentification:
+    workspace: Workspace, method: str, artifact_digest: str, summary: Mapping[str, Any]
+) -> Selection:
     """Open an identification's tensors, checked against their digest."""
-    return StoredIdentification(summary["found"], TensorFile(workspace.store.verify(artifact_digest)))
+    return method_of(method).stored(summary["found"], TensorFile(workspace.store.verify(artifact_digest)))
 
 
-def settings_digest(settings: FgsnSettings) -> str:
-    """Return the SHA-256 of the canonical JSON of all settings."""
+def settings_digest(settings: Settings) -> str:
+    """Return the SHA-256 of the canonical JSON of all settings. No two methods have the same fields."""
     return hashlib.sha256(ledger.canonical(settings.model_dump(mode="json"))).hexdigest()
 
 
 def _prompts(
-    workspace: Workspace, session: Session, dimension: SafetyDimension, settings: FgsnSettings
-) -> CalibrationPrompts:
+    workspace: Workspace, session: Session, dimension: SafetyDimension, settings: Settings
+) -> tuple[dict[str, tuple[PromptRow, ...]], tuple[int, ...]]:
+    """The prompts that the method calibrates with, by purpose, and the ids of their sets."""
     rows: dict[str, tuple[PromptRow, ...]] = {}
     identifiers = []
-    for purpose in ("harmful", "benign"):
+    for purpose in settings.purposes:
         sets = queries.prompt_sets(session, dimension_id=dimension.id, purpose=purpose)
         if not sets:
             raise InputError(f"dimension {dimension.name} has no {purpose} prompts", "register it again with both")
         rows[purpose] = parse_canonical(workspace.store.read_bytes(sets[0].digest))[: settings.prompts]
         identifiers.append(sets[0].id)
-    return CalibrationPrompts(rows["harmful"], rows["benign"], tuple(identifiers))
+    return rows, tuple(identifiers)
 
 
-def _identify(
-    workspace: Workspace, lineage: LineageState, prompts: CalibrationPrompts, settings: FgsnSettings
-) -> tuple[Identification, str | None]:
-    location = lineage.locations["aligned"]
-    tokenizer = load_tokenizer(location.path, location.base_path)
-    models = ModelCache(lineage)
-    harmful = _answered(workspace, prompts.harmful, models, tokenizer, settings)
-    benign = _answered(workspace, prompts.benign, models, tokenizer, settings)
-    answers = None
-    if (harmful, benign) != (prompts.harmful, prompts.benign):
-        answers = workspace.store.put_bytes(canonical_rows((*harmful, *benign)))
-    found = identify(
-        lineage.subject,
-        lineage.aligned,
-        lineage.head,
-        load=models.load,
-        harmful=_items(tokenizer, harmful, settings),
-        benign=_items(tokenizer, benign, settings),
-        pad_id=padding_id(tokenizer),
-        settings=settings,
-        protected=lineage.protected,
-        progress=workspace.progress,
-    )
-    return found, answers
-
-
-def _answered(
-    workspace: Workspace, rows: tuple[PromptRow, ...], models: ModelCache, tokenizer: Any, settings: FgsnSettings
-) -> tuple[PromptRow, ...]:
-    """Let the aligned model begin its answer where the prompt set has none and answer tokens are to be counted."""
-    measured = settings.needs_gram or settings.needs_input_norms or settings.needs_outputs
-    if "answer" not in settings.token_kinds or not measured:
-        return rows
-    missing = [row.prompt for row in rows if row.answer is None]
-    if not missing:
-        return rows
-
-    def report(done: int, total: int) -> None:
-        workspace.progress("answers of the aligned model", done, total)
-
-    answers = iter(
-        generate(
-            models.load("aligned"),
-            tokenizer,
-            missing,
-            max_new_tokens=settings.answer_tokens,
-            batch_size=settings.batch_size,
-            progress=report,
-        )
-    )
-    return tuple(row if row.answer is not None else PromptRow(row.prompt, next(answers)) for row in rows)
-
-
-def _items(tokenizer: Any, rows: tuple[PromptRow, ...], settings: FgsnSettings) -> list[CalibrationItem]:
-    return calibration_items(
-        tokenizer,
-        [row.prompt for row in rows],
-        [row.answer for row in rows],
-        settings.token_kinds,
-        settings.answer_tokens,
-    )
-
-
-def _store(workspace: Workspace, found: Identification) -> str:
+def _store(workspace: Workspace, found: Found) -> str:
     with workspace.store.writer() as path:
         try:
             save_file({name: tensor.contiguous() for name, tensor in found.tensors().items()}, path)
@@ -275,7 +193,7 @@ def _store(workspace: Workspace, found: Identification) -> str:
         return workspace.store.commit(path)
 
 
-def _counts(found: Identification) -> dict[str, int]:
+def _counts(found: Found) -> dict[str, int]:
     return {
         "neurons_selected": sum(len(module.selected) for module in found.modules),
         "neurons_already_protected": sum(len(module.already_protected) for module in found.modules),
@@ -284,9 +202,9 @@ def _counts(found: Identification) -> dict[str, int]:
 
 
 def _record_details(
-    session: Session, identification_id: int, found: Identification, lineage: LineageState, prompts: CalibrationPrompts
+    session: Session, identification_id: int, found: Found, lineage: LineageState, prompt_set_ids: tuple[int, ...]
 ) -> None:
-    for prompt_set_id in prompts.prompt_set_ids:
+    for prompt_set_id in prompt_set_ids:
         session.add(IdentificationPromptSet(identification_id=identification_id, prompt_set_id=prompt_set_id))
     for layer in found.layer_scores:
         session.add(
@@ -310,7 +228,7 @@ def _record_details(
 
 
 def _neuron_rows(
-    identification_id: int, module_id: int, module: ModuleIdentification, holders: Mapping[int, int]
+    identification_id: int, module_id: int, module: FoundModule, holders: Mapping[int, int]
 ) -> Iterator[dict[str, Any]]:
     dispositions = [
         (module.selected, "selected"),
@@ -343,12 +261,15 @@ def _summary(record: IdentificationRecord, *, reused: bool) -> IdentificationSum
         **record.summary["counts"],
         selected_parameters=found["selected_parameters"],
         linear_parameters=found["linear_parameters"],
-        overlap=found["overlap"],
-        rank_correlation=found["rank_correlation"],
+        overlap=found.get("overlap"),
+        rank_correlation=found.get("rank_correlation"),
         layers=tuple(
             {"block": layer.block, "gap": layer.gap, "growth": layer.growth, "in_scope": layer.in_scope}
             for layer in record.layer_scores
         ),
+        choices=tuple(found.get("choices", ())),
+        reference=record.summary.get("reference"),
+        safe_answers=record.summary.get("safe_answers"),
         unreached=tuple(found["unreached"]),
         warnings=tuple(record.summary["warnings"]),
         created_at=record.created_at,

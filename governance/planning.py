@@ -14,16 +14,15 @@ from typing import Any
 from sqlalchemy.orm import Session
 from torch import Tensor
 
-from algorithms.identifications import StoredIdentification
-from algorithms.operations import RowEditor
+from algorithms.editors import Editor, EditSources, Selection, Settings
 from algorithms.selection import new_rows
-from algorithms.settings import FgsnSettings
 from algorithms.weights import AdapterWeights
 from governance.errors import PlanError, SpaceError
 from governance.identification import stored_identification
-from governance.lineage_state import LineageState, read_lineage
+from governance.lineage_state import LineageState, read_lineage, telling_writers_apart
 from governance.patch_artifact import ArtifactHeader, ArtifactModule, ArtifactWriter
 from governance.provenance import Origin
+from governance.references import edit_sources
 from governance.row_figures import ModuleOutcome, RowFigures
 from governance.tensor_file import DTYPES
 from governance.weight_state import checkpoint_of
@@ -103,8 +102,9 @@ class PatchPlan(ChangePlan):
     """A patch whose rows are to be computed from an identification."""
 
     identification_id: int
-    identification: StoredIdentification
-    settings: FgsnSettings
+    identification: Selection
+    sources: EditSources
+    settings: Settings
     protected_by: Mapping[str, int]
 
 
@@ -140,6 +140,7 @@ def plan_patch(workspace: Workspace, lineage_name: str, identification_id: int) 
 
     Raises:
         PlanError: the identification is of another lineage, or was made at another head.
+        SettingsError: NLSR's factor form, which changes whole modules, would change a protected neuron.
         WeightsChangedError: files are not what was recorded.
         NeuronLedgerError: as `read_lineage`.
     """
@@ -164,9 +165,11 @@ def _plan(workspace: Workspace, lineage_name: str, identification_id: int) -> Pa
             )
         artifact, summary, dimension = record.artifact_digest, record.summary, record.dimension
         dimension_id, dimension_name, digest = dimension.id, dimension.name, record.settings_digest
+        method = record.method
     if artifact is None:
         raise PlanError(f"identification {identification_id} has no artifact", "identify again")
-    found = stored_identification(workspace, artifact, summary)
+    found = stored_identification(workspace, method, artifact, summary)
+    found.require_unprotected(lineage.protected)
     modules = tuple(_module_plan(lineage, module, found.selected(module)) for module in found.modules)
     holders: Counter[str] = Counter()
     for module in found.modules:
@@ -176,7 +179,7 @@ def _plan(workspace: Workspace, lineage_name: str, identification_id: int) -> Pa
         lineage=lineage,
         dimension=dimension_name,
         dimension_id=dimension_id,
-        method="fgsn",
+        method=method,
         recorded_settings=found.settings.model_dump(mode="json"),
         settings_digest=digest,
         modules=modules,
@@ -184,6 +187,7 @@ def _plan(workspace: Workspace, lineage_name: str, identification_id: int) -> Pa
         neurons_protected=sum(module.protected for module in modules),
         identification_id=identification_id,
         identification=found,
+        sources=edit_sources(workspace, lineage, found.settings),
         settings=found.settings,
         protected_by=dict(holders),
     )
@@ -221,7 +225,8 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
         workspace.progress("computing rows", len(header.modules), len(header.modules))
         change = Change(artifact=path, side="new", applied_after=())
         files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
-        expected = check_change(files)
+        with telling_writers_apart(workspace, lineage.name, lineage.state_digest):
+            expected = check_change(files)
         yield PreparedPatch(plan, path, tuple(outcomes), expected, identify=lambda _: plan.identification_id)
 
 
@@ -271,18 +276,8 @@ def _stored_tensor(lineage: LineageState, module: str) -> Any:
     return adapter.tensors[adapter.modules[module].b_tensor]
 
 
-def _editor(plan: PatchPlan, module: ModulePlan) -> RowEditor:
-    lineage = plan.lineage
-    # Rows that nobody claims are the subject's own at every head, so rows are always computed from the subject.
-    return RowEditor(
-        lineage.subject,
-        lineage.aligned,
-        lineage.base,
-        module.module,
-        module.rows,
-        plan.settings,
-        plan.identification.statistics(module.module),
-    )
+def _editor(plan: PatchPlan, module: ModulePlan) -> Editor:
+    return plan.identification.editor(plan.sources, module.module, module.rows)
 
 
 def _header(plan: PatchPlan) -> ArtifactHeader:
@@ -294,7 +289,7 @@ def _header(plan: PatchPlan) -> ArtifactHeader:
         modules.append(artifact_module(lineage, planned.module, len(planned.rows), gained))
     return ArtifactHeader(
         form="adapter" if lineage.is_adapter else "checkpoint",
-        method="fgsn",
+        method=plan.method,
         dimension=plan.dimension,
         subject_digest=lineage.subject_digest,
         settings_digest=plan.settings_digest,
@@ -324,7 +319,7 @@ def artifact_module(lineage: LineageState, name: str, rows: int, extension: int)
 
 
 def _write_module(
-    writer: ArtifactWriter, lineage: LineageState, module: ArtifactModule, editor: RowEditor
+    writer: ArtifactWriter, lineage: LineageState, module: ArtifactModule, editor: Editor
 ) -> ModuleOutcome:
     dtype, position = DTYPES[module.dtype], 0
     figures = RowFigures(module.name)

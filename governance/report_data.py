@@ -6,16 +6,19 @@ Nothing here is computed anew but shares and sums: what was not recorded is None
 import json
 from collections.abc import Sequence
 from pathlib import PurePath
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from algorithms.methods import draws_at_random
 from governance.auditing import verify
 from governance.provenance import origin_summary
 from governance.report_figures import figure_table, is_harmfulness
 from governance.report_protection import direction_claims, overlap_table, protection_map
 from governance.report_records import (
     ApprovalRecord,
+    ChoiceRecord,
     ControlRecord,
     EventRecord,
     IdentificationRecord,
@@ -75,17 +78,20 @@ def gather(workspace: Workspace, lineage_name: str) -> Report:
 
 
 def _controls(session: Session, lineage: Lineage) -> list[Lineage]:
+    """Lineages of the same subject with random neurons, by a method that this lineage was patched with."""
+    kinds = {patch.kind for patch in queries.list_patches(session, lineage.id)}
     return [
         other
         for other in queries.list_lineages(session)
         if other.id != lineage.id
         and other.subject_id == lineage.subject_id
-        and _is_control(queries.list_patches(session, other.id))
+        and _is_control(patches := queries.list_patches(session, other.id))
+        and (not kinds or {patch.kind for patch in patches} <= kinds)
     ]
 
 
 def _is_control(patches: Sequence[Patch]) -> bool:
-    return bool(patches) and all(patch.settings.get("score") == "random" for patch in patches)
+    return bool(patches) and all(draws_at_random(patch.settings) for patch in patches)
 
 
 def _models(lineage: Lineage) -> tuple[ModelRecord, ...]:
@@ -121,7 +127,7 @@ def _patches(session: Session, lineage: Lineage, events: Sequence[ledger.Event])
             patch=patch.sequence,
             dimension=patch.dimension.name,
             method=patch.kind,
-            operation=str(patch.settings.get("operation", "")),
+            operation=str(patch.settings.get("operation") or f"{patch.settings.get('form')} form"),
             state=patch.state,
             identification=patch.identification_id,
             neurons_selected=patch.neurons_selected,
@@ -192,9 +198,34 @@ def _identifications(session: Session, lineage: Lineage) -> tuple[Identification
             warnings=tuple(record.summary.get("warnings", ())),
             imported=bool(record.summary.get("imported")),
             created_at=record.created_at,
+            choices=_choices(record),
+            reference=_reference(record.summary.get("reference") or {}),
+            safe_answers=_safe_answers(record.summary.get("safe_answers") or {}),
         )
         for record in records
     )
+
+
+def _choices(record: Identification) -> tuple[ChoiceRecord, ...]:
+    found = [ChoiceRecord(**choice) for choice in record.summary.get("found", {}).get("choices", ())]
+    return tuple(sorted(found, key=lambda choice: choice.rank))
+
+
+def _reference(record: dict[str, Any]) -> str:
+    """The reference in words; empty for a method without one."""
+    if not record:
+        return ""
+    recipe = record.get("made_from", record)
+    made = ", ".join(f"{name} {recipe[name]}" for name in ("mode", "beta", "published_factor") if name in recipe)
+    if not record["model"]:
+        return f"extrapolated from {record['aligned']} and {record['base']} ({made})"
+    return f"model {record['model']}{f' ({made})' if made else ''}, weights {record['state_digest']}"
+
+
+def _safe_answers(record: dict[str, Any]) -> str:
+    if not record.get("generated"):
+        return f"{record['given']} given" if record else ""
+    return f"{record['given']} given; of {record['generated']} generated {record['kept']} kept by {record['judge']}"
 
 
 def _prompt_sets(

@@ -89,8 +89,26 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class ChoiceRecord:
+    """NLSR's verdict on one module: how like the reference its region is, and whether it is patched."""
+
+    module: str
+    similarity: float
+    rank: float
+    kept_probability: float
+    draw: float | None
+    patched: bool
+
+
+@dataclass(frozen=True)
 class IdentificationRecord:
-    """One identification: how it was set, and what it started from."""
+    """One identification: how it was set, and what it started from. Layers are FGSN's.
+
+    Attributes:
+        choices: the verdict on every module, the least similar first.
+        reference: what rows are taken from, in words.
+        safe_answers: how many answers were given, generated and kept.
+    """
 
     identification: int
     dimension: str
@@ -112,6 +130,9 @@ class IdentificationRecord:
     warnings: tuple[str, ...]
     imported: bool
     created_at: datetime
+    choices: tuple[ChoiceRecord, ...]
+    reference: str
+    safe_answers: str
 
     @property
     def label(self) -> str:

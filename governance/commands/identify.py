@@ -1,16 +1,17 @@
 """`neuronledger identify`: find the neurons of a dimension in a lineage at its head."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from governance.commands.options import json_option, writing_workspace_options
-from governance.commands.settings import chosen_settings, settings_options
+from governance.commands.settings import SettingsChoice, settings_options
 
 if TYPE_CHECKING:
     from governance.identification import IdentificationSummary
     from governance.workspace import Workspace
+
+_RECIPE = ("mode", "beta", "published_factor")
 
 
 @click.command(short_help="Find the neurons of a dimension in a lineage.")
@@ -23,10 +24,7 @@ def identify(
     workspace: "Workspace",
     lineage: str,
     dimension: str,
-    method: str,
-    preset: str,
-    settings_file: Path | None,
-    assignments: tuple[str, ...],
+    choice: "SettingsChoice",
     as_json: bool,
 ) -> None:
     """Find the neurons of DIMENSION in LINEAGE at its head and record them. Nothing is modified.
@@ -36,14 +34,14 @@ def identify(
       neuronledger identify support-bot terrorism
       neuronledger identify support-bot terrorism --preset fgsn-paper
       neuronledger identify support-bot terrorism --set budget=0.05 --set layers=10..15
+      neuronledger identify support-bot terrorism --method nlsr --set beta=0.3
     """
     from governance.commands.rendering import emit
     from governance.identification import run_identification
 
-    del method
     with workspace.attempt("identify", "lineage", lineage):
-        settings = chosen_settings(preset, settings_file, assignments)
-    summary = run_identification(workspace, lineage, dimension, settings, preset)
+        settings = choice.settings()
+    summary = run_identification(workspace, lineage, dimension, settings, choice.preset)
     emit(summary, as_json, lambda: describe(summary))
 
 
@@ -56,6 +54,7 @@ def describe(summary: "IdentificationSummary") -> None:
         f"selected ({100 * share:.2f} % of linear parameters), {summary.neurons_already_protected:,} of them already "
         f"protected."
     )
+    _describe_transplantation(summary)
     scope = [layer["block"] for layer in summary.layers if layer["in_scope"]]
     if len(scope) < len(summary.layers):
         click.echo(f"Blocks in scope: {', '.join(map(str, scope))} of {len(summary.layers)}.")
@@ -66,6 +65,41 @@ def describe(summary: "IdentificationSummary") -> None:
             f"prompts too{correlation}."
         )
     if summary.unreached:
-        click.echo(f"{len(summary.unreached):,} modules in scope have no adapter, first {summary.unreached[0]}.")
+        click.echo(f"{len(summary.unreached):,} modules in scope cannot be changed, first {summary.unreached[0]}.")
     for warning in summary.warnings:
         click.echo(f"Warning: {warning}", err=True)
+
+
+def _describe_transplantation(summary: "IdentificationSummary") -> None:
+    """What NLSR took its region from, and the module table of similarities, probabilities and draws."""
+    from governance.commands.rendering import table
+
+    if summary.reference is not None:
+        made = ", ".join(f"{key} {value}" for key, value in summary.reference.items() if key in _RECIPE)
+        click.echo(f"Reference: {summary.reference['model'] or f'extrapolated, {made}'}.")
+    if summary.safe_answers is not None and summary.safe_answers["generated"]:
+        counts = summary.safe_answers
+        click.echo(
+            f"Safe answers: {counts['given']:,} given; of {counts['generated']:,} generated {counts['kept']:,} kept by "
+            f"the judge {counts['judge']}."
+        )
+    if summary.choices:
+        table(
+            "Choice of modules, the least similar to the reference first",
+            ["module", "similarity", "rank", "kept with probability", "draw", "patched"],
+            [
+                [
+                    choice["module"],
+                    f"{choice['similarity']:.6f}",
+                    f"{choice['rank']:g}",
+                    f"{choice['kept_probability']:.3f}",
+                    "" if choice["draw"] is None else f"{choice['draw']:.3f}",
+                    "yes" if choice["patched"] else "no",
+                ]
+                for choice in sorted(summary.choices, key=lambda choice: float(choice["rank"]))
+            ],
+            right=["similarity", "rank", "kept with probability", "draw"],
+        )
+        click.echo(
+            f"{sum(choice['patched'] for choice in summary.choices):,} of {len(summary.choices):,} modules are patched."
+        )

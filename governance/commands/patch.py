@@ -1,6 +1,5 @@
 """`neuronledger patch`: plan, apply, list, show, revert, export and import."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -13,7 +12,7 @@ from governance.commands.options import (
     writing_workspace_options,
 )
 from governance.commands.patch_exchange import export, import_
-from governance.commands.settings import chosen_settings, settings_options
+from governance.commands.settings import SettingsChoice, settings_options
 
 if TYPE_CHECKING:
     from governance.patch_records import PatchSummary
@@ -41,10 +40,7 @@ def plan(
     workspace: "Workspace",
     lineage: str,
     dimension: str,
-    method: str,
-    preset: str,
-    settings_file: Path | None,
-    assignments: tuple[str, ...],
+    choice: "SettingsChoice",
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -58,8 +54,8 @@ def plan(
     """
     from governance.commands.rendering import emit
 
-    del dry_run, method
-    summary = _planned(workspace, lineage, dimension, preset, settings_file, assignments)
+    del dry_run
+    summary = _planned(workspace, lineage, dimension, choice)
     emit(summary, as_json, lambda: _show_plan(summary))
 
 
@@ -75,10 +71,7 @@ def apply(
     workspace: "Workspace",
     lineage: str,
     dimension: str,
-    method: str,
-    preset: str,
-    settings_file: Path | None,
-    assignments: tuple[str, ...],
+    choice: "SettingsChoice",
     dry_run: bool,
     reason: str,
     as_json: bool,
@@ -89,12 +82,12 @@ def apply(
     Examples:
       neuronledger patch apply support-bot terrorism --reason "request 4711"
       neuronledger patch apply support-bot terrorism --preset fgsn-paper --dry-run
+      neuronledger patch apply support-bot terrorism --method nlsr --set beta=0.3
     """
     from governance.commands.rendering import emit
 
-    del method
     if dry_run:
-        planned = _planned(workspace, lineage, dimension, preset, settings_file, assignments)
+        planned = _planned(workspace, lineage, dimension, choice)
         emit(planned, as_json, lambda: _show_plan(planned))
         return
     from governance.identification import run_identification
@@ -102,8 +95,8 @@ def apply(
     from governance.planning import plan_patch
 
     with workspace.attempt("patch.apply", "lineage", lineage):
-        settings = chosen_settings(preset, settings_file, assignments)
-    found = run_identification(workspace, lineage, dimension, settings, preset, reuse=True)
+        settings = choice.settings()
+    found = run_identification(workspace, lineage, dimension, settings, choice.preset, reuse=True)
     summary = apply_patch(workspace, plan_patch(workspace, lineage, found.identification), reason)
 
     def people() -> None:
@@ -222,16 +215,14 @@ def _planned(
     workspace: "Workspace",
     lineage: str,
     dimension: str,
-    preset: str,
-    settings_file: Path | None,
-    assignments: tuple[str, ...],
+    choice: "SettingsChoice",
 ) -> "PlanSummary":
     from governance.identification import run_identification
     from governance.planning import dry_run, plan_patch
 
     with workspace.attempt("patch.plan", "lineage", lineage):
-        settings = chosen_settings(preset, settings_file, assignments)
-    found = run_identification(workspace, lineage, dimension, settings, preset, reuse=True)
+        settings = choice.settings()
+    found = run_identification(workspace, lineage, dimension, settings, choice.preset, reuse=True)
     return dry_run(workspace, plan_patch(workspace, lineage, found.identification))
 
 
@@ -272,7 +263,7 @@ def _show_plan(plan: "PlanSummary") -> None:
 
 def _show_notes(unreached: tuple[str, ...], warnings: tuple[str, ...]) -> None:
     if unreached:
-        click.echo(f"{len(unreached):,} modules in scope have no adapter and cannot be changed, first {unreached[0]}.")
+        click.echo(f"{len(unreached):,} modules in scope cannot be changed, first {unreached[0]}.")
     for warning in warnings:
         click.echo(f"Warning: {warning}", err=True)
 

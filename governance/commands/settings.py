@@ -2,30 +2,86 @@
 
 import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
-    from algorithms.settings import FgsnSettings
+    from algorithms.editors import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+@dataclass(frozen=True)
+class SettingsChoice:
+    """What was said on the command line of a method and its settings."""
+
+    method: str
+    preset: str
+    reference: str | None
+    file: Path | None
+    assignments: tuple[str, ...]
+
+    def settings(self) -> "Settings":
+        """Combine the method's preset, the file and single values.
+
+        Raises:
+            InputError: the file or an assignment cannot be read.
+            SettingsError: a setting is unknown to the method or out of range.
+        """
+        from algorithms.methods import method_of
+
+        values = _from_file(self.file) if self.file else {}
+        if self.reference is not None:
+            values["reference"] = self.reference
+        for text in self.assignments:
+            name, value = _assignment(text)
+            values[name] = value
+        return method_of(self.method).choose(self.preset, values)
+
+
 def settings_options(command: Command) -> Command:
-    """Add `--method`, `--preset`, `--settings` and `--set`."""
+    """Add the options of a method and its settings, and hand the command a `choice` of them."""
+
+    @wraps(command)
+    def with_choice(
+        *args: Any,
+        method: str,
+        preset: str,
+        reference: str | None,
+        settings_file: Path | None,
+        assignments: tuple[str, ...],
+        **kwargs: Any,
+    ) -> Any:
+        choice = SettingsChoice(method, preset, reference, settings_file, assignments)
+        return command(*args, choice=choice, **kwargs)
+
+    found: Any = with_choice
     for option in reversed(
         [
             click.option(
-                "--method", type=click.Choice(["fgsn"]), default="fgsn", show_default=True, help="The method."
+                "--method",
+                type=click.Choice(["fgsn", "nlsr"]),
+                default="fgsn",
+                show_default=True,
+                help="fgsn: project the neurons that carry the loss of safety; nlsr: transplant safe neurons from a "
+                "super-aligned reference.",
             ),
             click.option(
                 "--preset",
                 default="default",
                 show_default=True,
                 metavar="NAME",
-                help="Named settings: default, fgsn-paper (as published), random-control.",
+                help="Named settings: default, random-control; of fgsn also fgsn-paper; of nlsr also nlsr-paper and "
+                "nlsr-published-code.",
+            ),
+            click.option(
+                "--reference",
+                metavar="NAME",
+                help="For nlsr: the registered reference model. Left out, the aligned model is extrapolated by beta.",
             ),
             click.option(
                 "--settings",
@@ -43,24 +99,8 @@ def settings_options(command: Command) -> Command:
             ),
         ]
     ):
-        command = option(command)
-    return command
-
-
-def chosen_settings(preset: str, file: Path | None, assignments: tuple[str, ...]) -> "FgsnSettings":
-    """Combine preset, file and single values.
-
-    Raises:
-        InputError: the file or an assignment cannot be read.
-        SettingsError: a setting is unknown or out of range.
-    """
-    from algorithms.settings import fgsn_settings
-
-    values = _from_file(file) if file else {}
-    for text in assignments:
-        name, value = _assignment(text)
-        values[name] = value
-    return fgsn_settings(preset, values)
+        found = option(found)
+    return found  # type: ignore[no-any-return]
 
 
 def _from_file(file: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from algorithms.errors import CalibrationError, MismatchError, SettingsError
 from algorithms.loading import linear_module, load_model
 from algorithms.low_rank import reduced_factors
 from algorithms.nlsr import NlsrIdentification, NlsrModule, identify
+from algorithms.nlsr_identifications import StoredNlsrIdentification
 from algorithms.nlsr_settings import NLSR_PRESETS, NlsrModelRole, NlsrSettings
 from algorithms.reference_files import write_reference
 from algorithms.references import reference_weights
@@ -300,15 +301,15 @@ def test_a_recorded_identification_can_be_read_back(adapter_lineage, tmp_path) -
         path = tmp_path / f"{form}.safetensors"
         save_file(found.tensors(), path)
         summary = json.loads(json.dumps(found.summary()))
-        again = NlsrIdentification.from_parts(summary, load_file(path))
+        again = StoredNlsrIdentification(summary, load_file(path)).whole()
         assert again.summary() == found.summary()
         assert (again.settings, again.choices, again.unreached) == (found.settings, found.choices, found.unreached)
         for one, other in zip(again.modules, found.modules, strict=True):
             assert_same_module(one, other)
         with pytest.raises(SettingsError, match="cannot be read"):
-            NlsrIdentification.from_parts({**summary, "choices": [{}]}, found.tensors())
+            StoredNlsrIdentification({**summary, "choices": [{}]}, found.tensors())
         with pytest.raises(SettingsError, match="cannot be read"):
-            NlsrIdentification.from_parts(summary, {})
+            StoredNlsrIdentification(summary, {})
 
 
 def assert_same_module(one: NlsrModule, other: NlsrModule) -> None:

@@ -15,7 +15,8 @@ import torch
 
 from algorithms.adapters import Adapter
 from algorithms.checkpoints import Checkpoint
-from algorithms.settings import FgsnSettings, fgsn_settings
+from algorithms.editors import Settings
+from algorithms.methods import method_of
 from algorithms.weights import AdapterWeights, CheckpointWeights, open_weights
 from governance.auditing import Verification, verify
 from governance.catalogue import register_dimension, register_model
@@ -49,6 +50,7 @@ PLAIN: dict[str, Any] = {
     "operation": "restore",
     "target": "update",
 }
+PLAIN_NLSR: dict[str, Any] = {"beta": 0.3, "selection": "all", "sparsity": 0.7}
 REFUSAL, ANSWER = "sorry i cannot help with that", "sure here is the way"
 
 
@@ -194,9 +196,10 @@ def _unlike(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return ~kept | (after[:, width:] != 0).any(dim=1)
 
 
-def settings_of(preset: str | None = None, **settings: Any) -> FgsnSettings:
+def settings_of(preset: str | None = None, method: str = "fgsn", **settings: Any) -> Settings:
     """Settings of a preset with some replaced; without a preset, settings that do not turn on what the default is."""
-    return fgsn_settings(preset, settings) if preset else fgsn_settings("default", PLAIN | settings)
+    plain = {"fgsn": PLAIN, "nlsr": PLAIN_NLSR}[method]
+    return method_of(method).choose(preset or "default", settings if preset else plain | settings)
 
 
 def events_of(workspace: Workspace) -> list[tuple[str, dict[str, Any]]]:

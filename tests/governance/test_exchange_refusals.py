@@ -259,12 +259,12 @@ def test_a_changed_working_checkpoint_is_refused(target: Scenario, exported: Pat
     require_refused(target, exported, NeuronLedgerError, "is not what was recorded")
 
 
-@pytest.mark.parametrize(("operation", "code"), [("write", errno.ENOSPC), ("fsync", errno.EIO)])
+@pytest.mark.parametrize(("kind", "code"), [("write", errno.ENOSPC), ("fsync", errno.EIO)])
 def test_a_failing_disk_leaves_the_version_before_an_import(
-    target: Scenario, exported: Path, operation: Kind, code: int
+    target: Scenario, exported: Path, kind: Kind, code: int
 ) -> None:
     before = digests(target.working)
-    fault = Fault(target.working, operation, 1, effect=OSError(code, "no"))
+    fault = Fault(target.working, kind, 1, OSError(code, "no"))
     with struck_by(fault), pytest.raises(OSError, match="no"):
         import_patch(target.workspace, "line", exported)
     assert digests(target.working) == before
@@ -276,7 +276,7 @@ def test_a_failing_disk_leaves_the_version_before_an_import(
 
 def test_an_import_that_was_killed_is_taken_back(target: Scenario, exported: Path) -> None:
     before = digests(target.working)
-    fault = Fault(target.working, "write", 2, effect=KeyboardInterrupt())
+    fault = Fault(target.working, "write", 2, KeyboardInterrupt())
     with struck_by(fault), pytest.raises(KeyboardInterrupt):
         import_patch(target.workspace, "line", exported)
     assert target.states() == ["applying"]
