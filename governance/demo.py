@@ -1,8 +1,8 @@
 """The demo: the whole path on a small model made on the spot, through the same use cases as the commands.
 
 It makes the laboratory, registers its models and three dimensions, patches one dimension after the other, measures
-every stage, sets a control of random neurons beside the patches at the same share, verifies ledger and weights,
-reverts the last patch and proves that the bytes are back.
+every stage, sets a control of random neurons beside the patches at the same share, does the same with NLSR, patches
+one lineage by both methods, verifies ledger and weights, reverts the last patch and proves that the bytes are back.
 """
 
 import json
@@ -13,19 +13,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from algorithms.judges import RefusalPhraseJudge
 from algorithms.laboratory import Laboratory, build
 from algorithms.settings import FgsnSettings, fgsn_settings
 from governance.auditing import Verification, verify
 from governance.catalogue import register_dimension, register_model
+from governance.demo_nlsr import COMBINED, NlsrFigures, show_nlsr
+from governance.demo_nlsr import LINEAGES as NLSR_LINEAGES
+from governance.demo_steps import (
+    PatchFigures,
+    StageFigures,
+    measure_stage,
+    patch_dimension,
+    patch_figures,
+    patch_sentence,
+    prompt_source,
+)
 from governance.errors import InputError
-from governance.evaluation import EvaluationRequest, Measurement, Stage, evaluate
-from governance.identification import run_identification
 from governance.lineages import create_lineage
 from governance.patch_records import PatchSummary
-from governance.patching import apply_patch, revert_patch
-from governance.planning import plan_patch
-from governance.prompt_sets import PromptSource, read_prompt_set
+from governance.patching import revert_patch
+from governance.prompt_sets import read_prompt_set
 from governance.reporting import write_report
 from governance.workspace import Progress, Workspace, create_registry, no_progress, open_workspace
 
@@ -33,6 +40,7 @@ LINEAGE = "demo"
 CONTROL = "random-control"
 SUMMARY = "summary.json"
 REPORT = "report.html"
+COMBINED_REPORT = "report-both-methods.html"
 _OWN_ENTRIES = (
     "registry.db",
     "registry.db-wal",
@@ -40,32 +48,11 @@ _OWN_ENTRIES = (
     "ledger-heads.jsonl",
     "artifacts",
     "lineages",
+    "scratch",
     SUMMARY,
     REPORT,
+    COMBINED_REPORT,
 )
-
-
-@dataclass(frozen=True)
-class StageFigures:
-    """What one stage measured; all in percent."""
-
-    stage: str
-    harmfulness: dict[str, float]
-    benign_accuracy: float
-    task_accuracy: float
-    over_refusal: float
-
-
-@dataclass(frozen=True)
-class PatchFigures:
-    """What one patch changed; the share is of the model's parameters, in percent."""
-
-    dimension: str
-    neurons_selected: int
-    neurons_already_protected: int
-    neurons_modified: int
-    modified_share: float
-    modified_linear_share: float
 
 
 @dataclass(frozen=True)
@@ -78,10 +65,12 @@ class DemoSummary:
     patches: tuple[PatchFigures, ...]
     control_stages: tuple[StageFigures, ...]
     control_patches: tuple[PatchFigures, ...]
+    nlsr: NlsrFigures
     ledger: dict[str, Any]
     weights: dict[str, bool]
     heldout_prompts: dict[str, int]
     report: str
+    combined_report: str
     seconds: dict[str, float]
 
 
@@ -114,31 +103,37 @@ def run_demo(
     create_registry(database)
     workspace = open_workspace(database, actor, progress)
     settings = fgsn_settings("default", {"seed": seed})
-    say("Registering three models, three safety dimensions and two lineages.")
+    say("Registering three models, three safety dimensions and five lineages.")
     names = _register(workspace, laboratory)
-    stages = [_measure(workspace, laboratory, LINEAGE, stage) for stage in ("base", "aligned", "subject")]
+    stages = [measure_stage(workspace, laboratory, LINEAGE, stage) for stage in ("base", "aligned", "subject")]
     patches: list[PatchSummary] = []
     for name in names:
-        patches.append(_patch(workspace, LINEAGE, name, settings, "default"))
-        say(_patch_sentence(patches[-1]))
-        stages.append(_measure(workspace, laboratory, LINEAGE, "head", f"after {name}"))
+        patches.append(patch_dimension(workspace, LINEAGE, name, settings, "default"))
+        say(patch_sentence(patches[-1]))
+        stages.append(measure_stage(workspace, laboratory, LINEAGE, "head", f"after {name}"))
     control, control_stages = _control(workspace, laboratory, names, settings, patches, say)
+    nlsr = show_nlsr(workspace, laboratory, names, settings, say)
     checked = verify(workspace, weights=True)
     say(_verification_sentence(checked))
     reverted_exactly = _revert_last(workspace, patches[-1], say)
     final = verify(workspace, weights=True)
     report = write_report(workspace, LINEAGE, output / REPORT)
+    combined_report = write_report(workspace, COMBINED, output / COMBINED_REPORT)
     summary = DemoSummary(
         seed=seed,
         settings=settings.model_dump(mode="json"),
         stages=tuple(stages),
-        patches=tuple(_figures(patch) for patch in patches),
+        patches=tuple(patch_figures(patch) for patch in patches),
         control_stages=tuple(control_stages),
-        control_patches=tuple(_figures(patch) for patch in control),
+        control_patches=tuple(patch_figures(patch) for patch in control),
+        nlsr=nlsr,
         ledger={"events": final.checked["events"], "verified": checked.verified and final.verified},
         weights={"verified": checked.verified and final.verified, "reverted_exactly": reverted_exactly},
-        heldout_prompts={each.name: len(read_prompt_set(_source(each.heldout)).rows) for each in laboratory.dimensions},
+        heldout_prompts={
+            each.name: len(read_prompt_set(prompt_source(each.heldout)).rows) for each in laboratory.dimensions
+        },
         report=str(report),
+        combined_report=str(combined_report),
         seconds={"laboratory": built - started, "governance": time.monotonic() - built},
     )
     (output / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
@@ -173,54 +168,15 @@ def _register(workspace: Workspace, laboratory: Laboratory) -> list[str]:
             workspace,
             dimension.name,
             {
-                "harmful": _source(dimension.harmful, "response"),
-                "benign": _source(dimension.benign, "response"),
-                "heldout": _source(dimension.heldout),
+                "harmful": prompt_source(dimension.harmful, "response"),
+                "benign": prompt_source(dimension.benign, "response"),
+                "heldout": prompt_source(dimension.heldout),
             },
             "placeholder words of an invented language",
         )
-    for name in (LINEAGE, CONTROL):
+    for name in (LINEAGE, CONTROL, *NLSR_LINEAGES):
         create_lineage(workspace, name, subject="finetuned", aligned="aligned", base="base")
     return [dimension.name for dimension in laboratory.dimensions]
-
-
-def _source(file: Path, answers: str | None = None) -> PromptSource:
-    """The language is small, so prompts drawn from it repeat: the first of each counts."""
-    return PromptSource(str(file), answer_column=answers, drop_duplicates=True)
-
-
-def _measure(
-    workspace: Workspace, laboratory: Laboratory, lineage: str, model: Stage, stage: str | None = None
-) -> StageFigures:
-    request = EvaluationRequest(
-        model=model,
-        accuracy={
-            "benign_accuracy": _source(laboratory.benign_heldout, "response"),
-            "task_accuracy": _source(laboratory.task, "response"),
-        },
-        over_refusal=_source(laboratory.safe_lookalikes),
-        judge=RefusalPhraseJudge(phrases=laboratory.refusal_phrases, name="laboratory-phrases"),
-        max_new_tokens=laboratory.max_new_tokens,
-        batch_size=80,
-    )
-    found = evaluate(workspace, lineage, request)
-    named = {"subject": "fine-tuned"}.get(model, model)
-    return StageFigures(
-        stage=stage or named,
-        harmfulness={figure.dimension: figure.value for figure in found if figure.dimension},
-        benign_accuracy=_value(found, "benign_accuracy"),
-        task_accuracy=_value(found, "task_accuracy"),
-        over_refusal=_value(found, "over_refusal"),
-    )
-
-
-def _value(found: list[Measurement], metric: str) -> float:
-    return next(figure.value for figure in found if figure.metric == metric)
-
-
-def _patch(workspace: Workspace, lineage: str, dimension: str, settings: FgsnSettings, preset: str) -> PatchSummary:
-    identified = run_identification(workspace, lineage, dimension, settings, preset)
-    return apply_patch(workspace, plan_patch(workspace, lineage, identified.identification), "demo")
 
 
 def _control(
@@ -239,8 +195,8 @@ def _control(
         share += patch.modified_linear_share
         if patch.neurons_modified:
             random = settings.model_copy(update={"score": "random", "selection": "budget", "budget": min(share, 1.0)})
-            applied.append(_patch(workspace, CONTROL, name, random, "random-control"))
-        stages.append(_measure(workspace, laboratory, CONTROL, "head", f"after {name}"))
+            applied.append(patch_dimension(workspace, CONTROL, name, random, "random-control"))
+        stages.append(measure_stage(workspace, laboratory, CONTROL, "head", f"after {name}"))
     return applied, stages
 
 
@@ -257,24 +213,6 @@ def _revert_last(workspace: Workspace, last: PatchSummary, say: Callable[[str], 
         f"{'have their former digest' if exact else 'DO NOT have their former digest'} {last.digest_before[:16]}…"
     )
     return exact
-
-
-def _figures(patch: PatchSummary) -> PatchFigures:
-    return PatchFigures(
-        dimension=patch.dimension,
-        neurons_selected=patch.neurons_selected,
-        neurons_already_protected=patch.neurons_already_protected,
-        neurons_modified=patch.neurons_modified,
-        modified_share=100 * patch.modified_share,
-        modified_linear_share=100 * patch.modified_linear_share,
-    )
-
-
-def _patch_sentence(patch: PatchSummary) -> str:
-    return (
-        f"Patched {patch.dimension}: {patch.neurons_selected:,} neurons selected, {patch.neurons_already_protected:,} "
-        f"already protected, {patch.neurons_modified:,} modified ({100 * patch.modified_share:.2f} % of parameters)."
-    )
 
 
 def _verification_sentence(checked: Verification) -> str:

@@ -6,7 +6,7 @@ the registry's directory for as long as the pass takes. What a killed process le
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,8 @@ def reference_files(
         yield ModelLocation("reference", path, lineage.locations["aligned"].base_path)
     finally:
         shutil.rmtree(own, ignore_errors=True)
+        with suppress(OSError):  # another process is at work there too
+            scratch.rmdir()
 
 
 def build_reference(

@@ -8,7 +8,8 @@ import click
 from governance.commands.options import json_option
 
 if TYPE_CHECKING:
-    from governance.demo import DemoSummary, PatchFigures, StageFigures
+    from governance.demo import DemoSummary
+    from governance.demo_steps import PatchFigures, StageFigures
 
 
 @click.command(short_help="The whole path on a small model made on the spot.")
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 @json_option
 def demo(output: Path, seed: int, as_json: bool) -> None:
     """Make a small model, break its safety by fine-tuning, patch three dimensions, audit, and take a patch back.
+
+    The patches are FGSN's; NLSR patches a lineage of its own, and both methods patch a third one.
 
     Needs no download and no GPU; about two minutes on two cores. The model speaks an invented language: no harmful
     text is involved.
@@ -34,7 +37,7 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
         progress=terminal_progress(),
     )
     emit(summary, as_json, lambda: _show(summary))
-    if not (summary.ledger["verified"] and all(summary.weights.values())):
+    if not (summary.ledger["verified"] and all(summary.weights.values()) and summary.nlsr.claims.proves):
         raise SystemExit(1)
 
 
@@ -67,6 +70,26 @@ def _show(summary: "DemoSummary") -> None:
         patched(summary.control_stages, summary.control_patches),
         right=columns[1:],
     )
+    nlsr = summary.nlsr
+    table(
+        f"NLSR, a lineage of its own ({nlsr.chosen})",
+        columns,
+        patched(nlsr.stages, nlsr.patches),
+        right=columns[1:],
+    )
+    table(
+        "Control of NLSR: random neurons, the same modules and the same share",
+        columns,
+        patched(nlsr.control_stages, nlsr.control_patches),
+        right=columns[1:],
+    )
+    table(
+        "Both methods in one lineage",
+        columns,
+        patched(nlsr.combined_stages, nlsr.combined_patches),
+        right=columns[1:],
+    )
+    click.echo(nlsr.claims.sentence)
     click.echo(
         f"Ledger: {summary.ledger['events']} events, {'verified' if summary.ledger['verified'] else 'NOT VERIFIED'}."
     )
@@ -74,7 +97,9 @@ def _show(summary: "DemoSummary") -> None:
         f"Weights: {'verified' if summary.weights['verified'] else 'NOT VERIFIED'}; the last patch was reverted "
         f"{'exactly' if summary.weights['reverted_exactly'] else 'NOT EXACTLY'}."
     )
-    click.echo(f"Open the report: {summary.report}")
+    click.echo(
+        f"Open the report: {summary.report}, and that of the lineage with both methods: {summary.combined_report}"
+    )
 
 
 def _change(patch: "PatchFigures | None") -> str:

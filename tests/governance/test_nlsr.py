@@ -518,13 +518,13 @@ def test_generated_answers_are_kept_where_the_judge_calls_them_refusals(unanswer
         kept = summary.read_bytes(record.summary["answers"]).splitlines()
     assert len(kept) == 3
     assert all("answer" in json.loads(line) for line in kept)
-    assert list((unanswered.workspace.directory / "scratch").glob("*")) == []
+    assert not (unanswered.workspace.directory / "scratch").exists()
 
 
 def test_without_a_safe_answer_nothing_is_identified(unanswered: Scenario) -> None:
     with pytest.raises(PromptSetError, match=r"none of the 5 answers.*safe answers"):
         run_identification(unanswered.workspace, "line", "bombs", _plain(answer_tokens=3), judge=Never())
-    assert list((unanswered.workspace.directory / "scratch").glob("*")) == []
+    assert not (unanswered.workspace.directory / "scratch").exists()
     assert unanswered.events()[-1][0] == "refused"
     # A region that no answer decides needs none.
     assert unanswered.identify("bombs", method="nlsr", region_score="magnitude").neurons_selected > 0
