@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -99,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--database", metavar="URL", help="an empty PostgreSQL database (default: a SQLite file)")
     parser.add_argument("--directory", type=Path, help="where to make a directory of 1 GB, which is removed at the end")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="kill-loop-", dir=options.directory) as place:
-        os.chdir(place)  # a registry in PostgreSQL keeps its artifacts below the working directory
+    # A registry in PostgreSQL keeps its artifacts below the working directory.
+    with tempfile.TemporaryDirectory(prefix="kill-loop-", dir=options.directory) as place, chdir(place):
         lineage = Lineage(Path(place).resolve(), options.database, options.command, options.seed)
         durations = lineage.measure()
         _tell("an undisturbed run: " + ", ".join(f"{phase} {1000 * took:.0f} ms" for phase, took in durations.items()))
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"kill {len(outcomes) + 1} of {options.times}, seed {options.seed}: {problem}")
             return 1
         finally:
-            os.chdir(ROOT)
+            lineage.close()
     versions = Counter(outcome.version for outcome in outcomes)
     print(table(outcomes))
     print(f"{len(outcomes)} kills: {versions['old']} old, {versions['new']} new, 0 mixtures")
@@ -156,6 +157,10 @@ class Lineage:
     def new(self) -> dict[str, str]:
         """Digests of the files after it."""
         return self._versions[self.command == "apply"]
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._registry.close()
 
     def measure(self) -> dict[Phase, float]:
         """How long the phases of an undisturbed run take."""
