@@ -118,7 +118,7 @@ def struck_by(fault: Fault) -> Iterator[Fault]:
 def killed(fault: Fault, act: Callable[[], object]) -> bool:
     """Run `act` in a child process under a fault that kills; whether the child came to the point and died there.
 
-    `act` has to open a registry of its own: connections are not shared between processes.
+    The caller has closed its connections: they are not shared between processes, and the child makes its own.
     """
 
     def act_under_the_fault() -> None:
