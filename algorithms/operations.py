@@ -129,40 +129,44 @@ class RowEditor:
 
         What the projection keeps in memory is there from the first edit to the last, and not before or after.
         """
-        projected = self._projection()
-        for index in self._blocks():
-            values = self._new_values(index, projected)
-            require_finite_values(values, self.module.name, "The computed edit")
-            yield RowEdit(index, values, self.extension)
-
-    @property
-    def _projects(self) -> bool:
-        return self._settings.operation in {"project", "complement"} and self._settings.strength > 0
+        projection = self._projection()
+        if projection is None:
+            for index in self._blocks(STREAM_BYTES):
+                yield self._edit(index, None)
+            return
+        # V and M are streamed once for each of these blocks, so they are larger than what is worked on afterwards.
+        for wide in self._blocks(BLOCK_BYTES):
+            projected = projection.rows(wide)
+            height = self._height(STREAM_BYTES)
+            for start in range(0, max(1, len(wide)), height):
+                yield self._edit(wide[start : start + height], projected[start : start + height])
+            del projected  # the next block needs the room
 
     def _projection(self) -> ProjectedMatrix | None:
         settings = self._settings
-        if not self._projects:
+        if settings.operation not in {"project", "complement"} or settings.strength == 0:
             return None
         V = Difference(self._aligned, self._base, self.module.name)
         C = SafetyProjection(V, settings.normalization, settings.energy)
         source = self._coordinates.subject_rows if settings.target == "full" else self._coordinates.update_rows
         return C.of(source, self._coordinates.width)
 
-    def _blocks(self) -> Iterator[Tensor]:
-        # V is read again for every block of projected rows; other operations gain nothing from large blocks.
-        size = BLOCK_BYTES if self._projects else STREAM_BYTES
-        height = max(1, size // (4 * self.module.in_features))
-        for start in range(0, max(1, len(self.row_index)), height):
-            yield self.row_index[start : start + height]
+    def _height(self, size: int) -> int:
+        return max(1, size // (4 * self.module.in_features))
 
-    def _new_values(self, index: Tensor, projection: ProjectedMatrix | None) -> Tensor:
+    def _blocks(self, size: int) -> Iterator[Tensor]:
+        for start in range(0, max(1, len(self.row_index)), self._height(size)):
+            yield self.row_index[start : start + self._height(size)]
+
+    def _edit(self, index: Tensor, projected: Tensor | None) -> RowEdit:
+        values = self._new_values(index, projected)
+        return RowEdit(index, require_finite_values(values, self.module.name, "The computed edit"), self.extension)
+
+    def _new_values(self, index: Tensor, projected: Tensor | None) -> Tensor:
         t = self._coordinates.subject_rows(index)
         if self._settings.strength == 0:
             return t[:, : self._coordinates.own_width].clone()
-        if self._directions is None:
-            new = self._recombined(t, index, None if projection is None else projection.rows(index))
-        else:
-            new = self._without_directions(t, index)
+        new = self._recombined(t, index, projected) if self._directions is None else self._without_directions(t, index)
         if self._entries is None:
             return new
         damage = self._entry_damage(index)
@@ -219,7 +223,8 @@ class RowEditor:
                 "Identify again with entries set",
             )
         count = max(1, round(share * len(self.row_index) * self.module.in_features))
-        return entry_threshold(lambda: (self._entry_damage(index) for index in self._blocks()), count)
+        blocks = self._blocks
+        return entry_threshold(lambda: (self._entry_damage(index) for index in blocks(STREAM_BYTES)), count)
 
     def _entry_damage(self, index: Tensor) -> Tensor:
         norms = self._statistics.input_norms
@@ -242,9 +247,9 @@ def _require_low_rank(settings: FgsnSettings) -> None:
 
 
 def _plus(values: Tensor, change: Tensor) -> Tensor:
-    """values + change; where the change is zero, `values` bit for bit (−0.0 + 0.0 would lose its sign)."""
-    total = values + change
-    return torch.where(change == 0, values, total, out=total)
+    """values + change, put in the place of `change`; where that is zero, `values` bit for bit: −0.0 + 0.0 is 0.0."""
+    unchanged = change == 0
+    return torch.where(unchanged, values, change.add_(values), out=change)
 
 
 def _checked_rows(rows: Tensor, module: LinearModule) -> Tensor:

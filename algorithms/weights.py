@@ -93,7 +93,8 @@ class CheckpointWeights:
         if linear.transposed:
             return self._columns(linear, rows)[order]
         ranges = [(first, last) for first, last, _ in _spans(rows, 1, linear.out_features)]
-        return self.checkpoint.read_ranges(linear.tensor, ranges).to(torch.float32)[order]
+        values = self.checkpoint.read_ranges(linear.tensor, ranges).to(torch.float32)
+        return values if torch.equal(rows, wanted) else values[order]
 
     def factors(self, module: str) -> LoraFactors | None:
         """None: a full checkpoint has no factors."""

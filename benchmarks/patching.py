@@ -3,7 +3,7 @@
     python benchmarks/patching.py --sizes 0.3,1,4 --directory DIR
 
 Makes Llama-shaped checkpoints of about these sizes in GB, registers them, patches 5 % of the linear rows in two layouts
-(5 % of every module; 20 % of every fourth block's modules), and measures each phase in a process of its own: seconds,
+(5 % of every module; as many rows in every fourth block), and measures each phase in a process of its own: seconds,
 bytes, highest resident set. Beside them: the same rows by load, assign and save, a plain copy, and SafeLoRA's dense
 projection. The identification is written directly; the forward pass is not part of this benchmark.
 

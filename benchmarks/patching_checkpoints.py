@@ -85,21 +85,21 @@ class Shape:
 
 SMALL = Shape(hidden=256, intermediate=704, head=64, key_value_heads=1, vocabulary=4_000, blocks=0)
 SHAPES: Mapping[float, Shape] = {
-    0.1: Shape(hidden=1024, intermediate=2816, head=64, key_value_heads=4, vocabulary=32_000, blocks=0),
-    0.6: Shape(hidden=2048, intermediate=5632, head=64, key_value_heads=4, vocabulary=32_000, blocks=0),
+    0.2: Shape(hidden=2048, intermediate=8192, head=64, key_value_heads=8, vocabulary=8_000, blocks=0),
     2.0: Shape(hidden=4096, intermediate=14336, head=128, key_value_heads=8, vocabulary=32_000, blocks=0),
 }
-"""From which size in GB on a checkpoint has which widths: those of TinyLlama at 1 GB, of Llama 3 8B above 2 GB."""
+"""From which size in GB on a checkpoint has which widths: those of Llama 3.2 1B, and from 2 GB on of Llama 3 8B."""
 
 PROJECTION = Shape(hidden=4096, intermediate=256, head=128, key_value_heads=1, vocabulary=64, blocks=2)
 """Two blocks whose q_proj and o_proj are 4096 × 4096, and little else."""
 
 
 def shape_of(gigabytes: float) -> Shape:
-    """The shape nearest to a size in GB (10⁹ bytes), with a number of blocks that four divides."""
+    """The shape nearest to a size in GB (10⁹ bytes), with two blocks or a number of them that four divides."""
     widths = max((bound, shape) for bound, shape in {0.0: SMALL, **SHAPES}.items() if bound <= gigabytes)[1]
     left = gigabytes * 1e9 - widths.bytes
-    return Shape(**{**asdict(widths), "blocks": 4 * max(1, round(left / (8 * widths.block_parameters)))})
+    blocks = left / (2 * widths.block_parameters)
+    return Shape(**{**asdict(widths), "blocks": 2 if blocks < 3 else 4 * max(1, round(blocks / 4))})
 
 
 def make_checkpoints(directory: Path, shape: Shape, seed: int, tell: Tell) -> dict[str, Path]:

@@ -17,6 +17,7 @@ class Cost:
 
     Attributes:
         seconds: wall clock, from when imports are done and the registry is open to the end of the work.
+        processor_seconds: time on all cores, user and system; what others do on the machine hardly changes it.
         read, written: bytes through system calls. What is read through a memory map is not among them.
         device_read, device_written: bytes that came from or are to go to the disk; 0 read means all was cached.
         peak_memory: highest resident set of the whole process in bytes, imports and mapped pages included.
@@ -24,6 +25,7 @@ class Cost:
     """
 
     seconds: float
+    processor_seconds: float
     read: int
     written: int
     device_read: int
@@ -34,13 +36,14 @@ class Cost:
 
 def measured(work: Callable[[], Mapping[str, Any]]) -> Cost:
     """Do the work and say what it took."""
-    before = _input_output()
+    before, busy = _input_output(), _processor_seconds()
     started = time.perf_counter()
     figures = work()
     seconds = time.perf_counter() - started
     after = _input_output()
     return Cost(
         seconds=seconds,
+        processor_seconds=_processor_seconds() - busy,
         read=after["rchar"] - before["rchar"],
         written=after["wchar"] - before["wchar"],
         device_read=after["read_bytes"] - before["read_bytes"],
@@ -48,6 +51,11 @@ def measured(work: Callable[[], Mapping[str, Any]]) -> Cost:
         peak_memory=_peak_memory(),
         figures=dict(figures),
     )
+
+
+def _processor_seconds() -> float:
+    """Of this process and of the children that it waited for."""
+    return sum(os.times()[:4])
 
 
 def _input_output() -> dict[str, int]:

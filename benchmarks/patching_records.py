@@ -20,9 +20,9 @@ from registry import queries
 from registry.schema import Identification as IdentificationRecord
 
 DIMENSION, LINEAGE = "concern", "line"
-EVERY, QUARTER = "every module", "a quarter of the modules"
-LAYOUTS = (EVERY, QUARTER)
-"""5 % of the rows of every module, or 20 % of the rows of every fourth block's modules."""
+EVERY, FOURTH = "every module", "every fourth block"
+LAYOUTS = (EVERY, FOURTH)
+"""5 % of the rows of every module, or as many rows in the modules of every fourth block: 20 % of theirs."""
 
 
 def record_dimension(workspace: Workspace, directory: Path) -> None:
@@ -35,9 +35,11 @@ def record_dimension(workspace: Workspace, directory: Path) -> None:
     register_dimension(workspace, DIMENSION, sources)  # type: ignore[arg-type]
 
 
-def chosen_rows(outputs: int, block: int, layout: str, generator: torch.Generator) -> Tensor:
+def chosen_rows(outputs: int, block: int, blocks: int, layout: str, generator: torch.Generator) -> Tensor:
     """(n,) int64 ascending: the rows of one module that a layout selects; none where it leaves the module alone."""
-    share = 0.05 if layout == EVERY else 0.2 if block % 4 == 0 else 0.0
+    share = 0.05
+    if layout == FOURTH:
+        share = 0.0 if block % 4 else 0.05 * blocks / len(range(0, blocks, 4))
     count = max(1, round(share * outputs)) if share else 0
     return torch.randperm(outputs, generator=generator)[:count].sort().values
 
@@ -89,8 +91,9 @@ def _identification(weights: CheckpointWeights, settings: FgsnSettings, layout: 
     none = torch.zeros(0, dtype=torch.int64)
     directions: dict[str, Tensor] = {}
     modules = []
+    blocks = 1 + max(module.block for module in weights.modules.values())
     for module in weights.modules.values():
-        rows = chosen_rows(module.out_features, module.block, layout, generator)
+        rows = chosen_rows(module.out_features, module.block, blocks, layout, generator)
         if not len(rows):
             continue
         if settings.operation == "subspace" and module.input_group not in directions:

@@ -288,19 +288,18 @@ def _publish(
     """Give the weights their name and write the configuration last: without it the directory is no adapter."""
     target, described = directory / ADAPTER_WEIGHTS, directory / ADAPTER_CONFIG
     content = (json.dumps(config, indent=2) + "\n").encode()
-    try:
-        with temporary_beside(described) as temporary, workspace.registry.write() as session:
-            _write_config(temporary, content)
-            files = {ADAPTER_WEIGHTS: digest_file(weights), ADAPTER_CONFIG: digest_file(temporary)}
+    with temporary_beside(described) as temporary:
+        _write_config(temporary, content)
+        files = {ADAPTER_WEIGHTS: digest_file(weights), ADAPTER_CONFIG: digest_file(temporary)}
+        with workspace.registry.write() as session:
             record_export(workspace, session, provenance, directory, files)
-            described.unlink(missing_ok=True)
-            publish(weights, target)
+        described.unlink(missing_ok=True)
+        publish(weights, target)
+        try:
             publish(temporary, described)
-    except BaseException:
-        if not weights.exists():  # an export that the ledger does not know of does not stay
+        except SpaceError:
             target.unlink(missing_ok=True)
-            described.unlink(missing_ok=True)
-        raise
+            raise
 
 
 def _write_config(path: Path, content: bytes) -> None:

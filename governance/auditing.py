@@ -15,7 +15,7 @@ from algorithms.adapters import ADAPTER_CONFIG
 from governance.lineage_state import Recorded, recorded_state
 from governance.patch_artifact import PatchArtifact, open_artifact
 from governance.provenance import origin_digest
-from governance.weight_state import changed_files
+from governance.weight_state import changed_file, changed_files
 from governance.working_files import measure_working
 from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
@@ -284,15 +284,22 @@ def _compare_patch(lineage: Lineage, patch: Patch, payload: dict[str, Any]) -> I
 def _check_working(lineage: Lineage, checked: dict[str, int], *, weights: bool) -> Iterator[Finding]:
     working = Path(lineage.working_path)
     recorded: Recorded = recorded_state(lineage)
-    for problem in changed_files(working, lineage.files, always_hash=weights, algorithms=recorded.algorithms):
-        yield Finding("weights", f"lineage {lineage.name}", problem)
+    subject = f"lineage {lineage.name}"
     if not weights:
+        for problem in changed_files(working, recorded.files):
+            yield Finding("weights", subject, problem)
         return
     try:
         measured = measure_working(working, recorded)
     except (NeuronLedgerError, OSError) as error:
-        yield Finding("weights", f"lineage {lineage.name}", str(error))
+        yield Finding("weights", subject, str(error))
+        for problem in changed_files(working, recorded.files, always_hash=True, algorithms=recorded.algorithms):
+            yield Finding("weights", subject, problem)
         return
+    digests = {(file.file, file.digest_algorithm): file.digest for file in measured.files}
+    for file in recorded.files:
+        if digests.get((file.file, file.digest_algorithm), file.digest) != file.digest:
+            yield Finding("weights", subject, changed_file(working, file))
     for name, tensor in recorded.tensors.items():
         found = measured.tensors.get(name)
         if found is None or found.digest != tensor.digest:

@@ -1,6 +1,7 @@
 """A lineage at its head, read once and held still while a use case works: models, weights, protection, files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from governance.errors import InterruptedPatchError, WeightsChangedError
 from governance.weight_state import FileState, TensorState, changed_files, require_unchanged
 from governance.workspace import Workspace
 from registry import claims, locks, queries
+from registry.errors import RegistryBusyError
 from registry.schema import Lineage, Model
 
 
@@ -110,7 +112,8 @@ def read_lineage(workspace: Workspace, name: str) -> LineageState:
             require_unchanged(model)
             if model.base_model is not None:
                 require_unchanged(model.base_model)
-        require_working_unchanged(lineage)
+        with telling_writers_apart(workspace, name, lineage.state_digest):
+            require_working_unchanged(lineage)
         identifiers = queries.module_ids(session, lineage.subject_id)
         protected, protectors = _protection(session, lineage, {number: name for name, number in identifiers.items()})
         return LineageState(
@@ -182,6 +185,33 @@ def require_settled(session: Session, lineage: Lineage) -> None:
         f"patch {patch.sequence} of lineage {lineage.name} is {patch.state}: it was interrupted",
         "run neuronledger recover",
     )
+
+
+@contextmanager
+def telling_writers_apart(workspace: Workspace, lineage_name: str, state_digest: str) -> Iterator[None]:
+    """Where weights are not what was recorded because another patch is just being written, say that instead.
+
+    Whether a lineage is settled is asked first, but somebody may begin right after the answer.
+
+    Args:
+        workspace: the registry.
+        lineage_name: the lineage whose weights are checked inside.
+        state_digest: its state when it was read.
+
+    Raises:
+        LockedError, InterruptedPatchError: as `require_settled`.
+        RegistryBusyError: a patch was applied or reverted meanwhile.
+        WeightsChangedError: neither explains it.
+    """
+    try:
+        yield
+    except WeightsChangedError:
+        with workspace.registry.read() as session:
+            lineage = queries.get_lineage(session, lineage_name)
+            require_settled(session, lineage)
+            if lineage.state_digest != state_digest:
+                raise RegistryBusyError(f"lineage {lineage_name} changed while it was checked", "try again") from None
+        raise
 
 
 def require_working_unchanged(lineage: Lineage) -> None:

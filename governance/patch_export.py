@@ -1,6 +1,7 @@
 """Exporting: one patch as a file that another registry can import.
 
-The file is written under a temporary name, flushed and renamed, and the ledger keeps its SHA-256.
+The file is written under a temporary name and flushed; then the ledger keeps its SHA-256, and only then it gets its
+name. So there is no exported file that the ledger does not know of.
 """
 
 import secrets
@@ -78,15 +79,10 @@ def export_patch(
                 modules=modules,
                 rows=provenance.neurons_modified,
             )
-            try:
-                with workspace.registry.write() as session:
-                    record_export(workspace, session, provenance, target, {target.name: digest})
-                    require_free(target, force=force)
-                    publish(temporary, target)
-            except BaseException:
-                if not temporary.exists():  # an export that the ledger does not know of does not stay
-                    target.unlink(missing_ok=True)
-                raise
+            require_free(target, force=force)
+            with workspace.registry.write() as session:
+                record_export(workspace, session, provenance, target, {target.name: digest})
+            publish(temporary, target)
         return summary
 
 
@@ -172,12 +168,14 @@ def publish(temporary: Path, target: Path) -> None:
     """Give a flushed file its name.
 
     Raises:
-        SpaceError: the file cannot be renamed.
+        SpaceError: the file cannot be renamed; it is gone then.
     """
     try:
         temporary.replace(target)
         sync_directory(target.parent)
     except OSError as error:
+        if not temporary.exists():
+            target.unlink(missing_ok=True)
         raise SpaceError(
             f"{target} cannot be written: {error.strerror or error}", "mend the permissions of its directory"
         ) from error

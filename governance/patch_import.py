@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from algorithms.errors import MismatchError, NonFiniteError
 from governance.errors import PatchFileError
-from governance.lineage_state import LineageState, read_lineage
+from governance.lineage_state import LineageState, read_lineage, telling_writers_apart
 from governance.patch_artifact import ArtifactModule, PatchArtifact, open_artifact
 from governance.patch_file import PatchFile, extract_artifact, open_patch_file
 from governance.patch_records import PatchSummary
@@ -152,9 +152,9 @@ def _prepared(
             neurons_protected=0,
         )
         change = Change(artifact=path, side="new", applied_after=())
-        expected = check_change(
-            LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
-        )
+        files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
+        with telling_writers_apart(workspace, lineage_name, lineage.state_digest):
+            expected = check_change(files)
         with workspace.registry.read() as session:
             require_head(queries.get_lineage(session, lineage_name), lineage)
         origin = Origin(exported.provenance, file_sha256)

@@ -11,7 +11,7 @@ Whatever fails after step 2 is undone from the artifact at once, or, after a kil
 """
 
 from governance import patch_transactions
-from governance.lineage_state import require_working_unchanged
+from governance.lineage_state import require_working_unchanged, telling_writers_apart
 from governance.patch_records import PatchSummary
 from governance.patch_transactions import IntendedRevert
 from governance.planning import PatchPlan, PreparedPatch, prepared
@@ -90,8 +90,9 @@ def _checked_revert(workspace: Workspace, lineage_name: str, sequence: int | Non
     """Refuse what reverting would refuse, while no lock is held and nothing says that it began."""
     with workspace.registry.read() as session:
         lineage, patch = patch_transactions.revertible(session, lineage_name, sequence)
-        require_working_unchanged(lineage)
+        digest, number = lineage.state_digest, patch.sequence
+        with telling_writers_apart(workspace, lineage_name, digest):
+            require_working_unchanged(lineage)
         files = files_of(workspace, session, patch, "old")
-        digest = lineage.state_digest
-        number = patch.sequence
-    return IntendedRevert(number, digest, files, check_change(files))
+    with telling_writers_apart(workspace, lineage_name, digest):
+        return IntendedRevert(number, digest, files, check_change(files))

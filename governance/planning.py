@@ -19,7 +19,7 @@ from algorithms.selection import new_rows
 from algorithms.weights import AdapterWeights
 from governance.errors import PlanError, SpaceError
 from governance.identification import stored_identification
-from governance.lineage_state import LineageState, read_lineage
+from governance.lineage_state import LineageState, read_lineage, telling_writers_apart
 from governance.patch_artifact import ArtifactHeader, ArtifactModule, ArtifactWriter
 from governance.provenance import Origin
 from governance.references import edit_sources
@@ -225,7 +225,8 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
         workspace.progress("computing rows", len(header.modules), len(header.modules))
         change = Change(artifact=path, side="new", applied_after=())
         files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
-        expected = check_change(files)
+        with telling_writers_apart(workspace, lineage.name, lineage.state_digest):
+            expected = check_change(files)
         yield PreparedPatch(plan, path, tuple(outcomes), expected, identify=lambda _: plan.identification_id)
 
 

@@ -6,6 +6,7 @@ again. `audit verify --weights` hashes everything.
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from algorithms.adapters import ADAPTER_CONFIG
 from algorithms.architectures import coverage
 from algorithms.checkpoints import StoredTensor, find_nonfinite, read_stored, require_finite
 from algorithms.digests import (
+    HASHING_THREADS,
     SHA256,
     TENSOR_ALGORITHM,
     digest_file,
@@ -177,7 +179,7 @@ def digest_of(tensors: Iterable[TensorState], files: Iterable[FileState]) -> str
 
 def changed_files(
     directory: Path,
-    recorded: Sequence[RecordedFile],
+    recorded: Iterable[RecordedFile],
     *,
     always_hash: bool = False,
     algorithms: Mapping[str, str] = MappingProxyType({}),
@@ -190,20 +192,27 @@ def changed_files(
         always_hash: also where size and modification time are as recorded.
         algorithms: tensor name → the algorithm that its recorded digest is in.
     """
-    findings = []
-    for record in recorded:
+
+    def finding(record: RecordedFile) -> str | None:
         path = directory / record.file
         if not path.is_file():
-            findings.append(f"{path} is missing")
-            continue
+            return f"{path} is missing"
         status = path.stat()
         if not always_hash and (status.st_size, status.st_mtime_ns) == (record.size, record.modified_ns):
-            continue
-        if status.st_size != record.size or _digest_of_file(path, record.digest_algorithm, algorithms) != record.digest:
-            findings.append(
-                f"{path} does not have its recorded digest {record.digest[:12]}… ({record.digest_algorithm})"
-            )
-    return findings
+            return None
+        same = status.st_size == record.size
+        same = same and _digest_of_file(path, record.digest_algorithm, algorithms) == record.digest
+        return None if same else changed_file(directory, record)
+
+    with ThreadPoolExecutor(max_workers=HASHING_THREADS) as pool:
+        return [found for found in pool.map(finding, recorded) if found is not None]
+
+
+def changed_file(directory: Path, record: RecordedFile) -> str:
+    """Return a sentence about a file whose content is another than was recorded."""
+    return (
+        f"{directory / record.file} does not have its recorded digest {record.digest[:12]}… ({record.digest_algorithm})"
+    )
 
 
 def _digest_of_file(path: Path, algorithm: str, algorithms: Mapping[str, str]) -> str | None:

@@ -50,7 +50,7 @@ def _open_recovered(database: str | None, actor: str | None) -> "Workspace":
     workspace = open_here(database, actor)
     with workspace.registry.read() as session:
         interrupted = bool(unfinished_patches(session))
-    if interrupted:
+    if interrupted or workspace.store.leftovers():
         from governance.recovery import recover_what_can_be
 
         recovery = recover_what_can_be(workspace)

@@ -31,7 +31,7 @@ seeds = st.integers(0, 10_000)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of rows even in tiny modules."""
-    monkeypatch.setattr(transplants, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(transplants, "STREAM_BYTES", 64)
 
 
 def some_rows(outputs: int, seed: int) -> Tensor:

@@ -27,7 +27,7 @@ Kind = Literal[
     "write", "fsync", "rename", "link", "unlink", "truncate", "mkdir", "create", "mode", "commit", "committed"
 ]
 TAKES_SPACE: frozenset[Kind] = frozenset({"write", "link", "truncate", "mkdir", "create", "commit"})
-Effect = OSError | KeyboardInterrupt | Literal["kill", "power cut", "short write"]
+Effect = OSError | KeyboardInterrupt | Literal["kill", "power cut", "short write"] | Callable[[], object]
 
 # What SQLite and PostgreSQL say where the system says this: message, SQLite's name, PostgreSQL's class of psycopg.
 _DATABASE_ERRORS = {
@@ -46,7 +46,7 @@ class Fault:
         at: the number of the point (from 1) at which it strikes; 0 only counts.
         effect: the error raised there, after half of a write is stored; or the end of the process there, with all that
             was written so far (`kill`) or without what was not flushed (`power cut`); or a write that stores half and
-            says so (`short write`).
+            says so (`short write`). A function is called instead, and nothing fails.
         once: whether all that comes after the point works again; if not, whatever takes space goes on failing.
         points: what has been counted, as "KIND FILE".
     """
@@ -87,6 +87,9 @@ class Fault:
         goes_on = not self.once and self.struck and (kind in TAKES_SPACE or kind == self.kind)
         if self.effect is None or not (self.count == self.at or goes_on):
             return None
+        if callable(self.effect):
+            self.effect()
+            return None
         stored = tear() if tear is not None and self.count == self.at else None
         if self.effect == "short write":
             return stored
@@ -115,7 +118,7 @@ def struck_by(fault: Fault) -> Iterator[Fault]:
 def killed(fault: Fault, act: Callable[[], object]) -> bool:
     """Run `act` in a child process under a fault that kills; whether the child came to the point and died there.
 
-    `act` has to open a registry of its own: connections are not shared between processes.
+    The caller has closed its connections: they are not shared between processes, and the child makes its own.
     """
 
     def act_under_the_fault() -> None:

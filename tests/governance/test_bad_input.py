@@ -432,9 +432,8 @@ def test_a_lineage_that_another_process_writes_to_is_busy(place: Place, host: st
         for command in (["patch", "apply", "line", "weapons"], ["patch", "revert", "line"], ["recover"]):
             _require_one_line(_run(place, command), 3, f"held by process {other.pid} on {owner.host}", mend)
         assert place.scenario.states() == ["applying"]
-        if host is None:
-            other.kill()
-            other.wait()
+        other.kill()
+        other.wait()
     if host is not None:
         assert "is now rejected" in _run(place, ["recover", "--take-over"]).stdout
     assert _run(place, ["patch", "apply", "line", "weapons"]).exit_code == 0

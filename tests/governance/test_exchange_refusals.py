@@ -25,7 +25,7 @@ from neuronledger import NeuronLedgerError
 from registry.errors import NeuronProtectedError, RecordNotFoundError
 from tests.governance.conftest import Scenarios, Trios
 from tests.governance.exchange import export_to, first, forge, require_refused, retold, rewrite, sha256_of
-from tests.governance.faults import Fault, Operation, flip_byte, struck_by
+from tests.governance.faults import Fault, Kind, flip_byte, struck_by
 from tests.governance.scenarios import (
     Scenario,
     Trio,
@@ -259,12 +259,12 @@ def test_a_changed_working_checkpoint_is_refused(target: Scenario, exported: Pat
     require_refused(target, exported, NeuronLedgerError, "is not what was recorded")
 
 
-@pytest.mark.parametrize(("operation", "code"), [("pwrite", errno.ENOSPC), ("fsync", errno.EIO)])
+@pytest.mark.parametrize(("kind", "code"), [("write", errno.ENOSPC), ("fsync", errno.EIO)])
 def test_a_failing_disk_leaves_the_version_before_an_import(
-    target: Scenario, exported: Path, operation: Operation, code: int
+    target: Scenario, exported: Path, kind: Kind, code: int
 ) -> None:
     before = digests(target.working)
-    fault = Fault(target.working, operation, 1, error=OSError(code, "no"), torn=operation == "pwrite")
+    fault = Fault(target.working, kind, 1, OSError(code, "no"))
     with struck_by(fault), pytest.raises(OSError, match="no"):
         import_patch(target.workspace, "line", exported)
     assert digests(target.working) == before
@@ -276,7 +276,7 @@ def test_a_failing_disk_leaves_the_version_before_an_import(
 
 def test_an_import_that_was_killed_is_taken_back(target: Scenario, exported: Path) -> None:
     before = digests(target.working)
-    fault = Fault(target.working, "pwrite", 2, error=KeyboardInterrupt(), torn=True)
+    fault = Fault(target.working, "write", 2, KeyboardInterrupt())
     with struck_by(fault), pytest.raises(KeyboardInterrupt):
         import_patch(target.workspace, "line", exported)
     assert target.states() == ["applying"]

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from sqlalchemy import text
 
 from algorithms.checkpoints import Checkpoint
+from cli import main
 from governance import patch_transactions, patching
 from governance.auditing import verify
 from governance.errors import InterruptedPatchError, SpaceError, WeightsChangedError
@@ -17,7 +19,7 @@ from governance.planning import dry_run, plan_patch
 from governance.recovery import RecoveryAction, recover
 from registry.errors import NeuronProtectedError, RegistryError
 from registry.heads import HeadFile
-from tests.governance.faults import Effect, Fault, Kind, flip_byte, struck_by
+from tests.governance.faults import Effect, Fault, Kind, flip_byte, killed, struck_by
 from tests.governance.scenarios import Scenario, digests
 
 Pick = Callable[[str], Scenario]
@@ -207,6 +209,17 @@ def test_a_disk_that_stays_broken_leaves_it_to_recover(pick: Pick, kind: str) ->
     assert scenario.states() == ["rejected"]
     assert digests(scenario.working) == digests(scenario.trio.subject)
     scenario.require_sound()
+
+
+def test_a_command_that_writes_clears_away_what_a_killed_one_left(scenario: Scenario) -> None:
+    """Nothing was begun, so there is nothing to recover; but an artifact may be as large as the model."""
+    workspace, plan = scenario.workspace, scenario.plan("animals")
+    workspace.registry.close()
+    assert killed(Fault(workspace.store.directory, "fsync", 1, "kill"), lambda: apply_patch(workspace, plan))
+    assert len(workspace.store.leftovers()) == 1
+    result = CliRunner().invoke(main, ["patch", "revert", "line", "--database", workspace.registry.url])
+    assert "no applied patch" in result.stderr
+    assert workspace.store.leftovers() == ()
 
 
 @pytest.mark.parametrize("act", [dry_run, apply_patch])

@@ -292,7 +292,7 @@ def test_an_output_that_cannot_be_used_is_refused(full: PatchedLineage, case: st
     assert {path: digests(path) for path in before} == before
 
 
-@pytest.mark.parametrize("operation", ["fsync", "pwrite"])
+@pytest.mark.parametrize("operation", ["fsync", "write"])
 def test_a_full_disk_leaves_no_output(full: PatchedLineage, tmp_path: Path, operation: Any) -> None:
     place = tmp_path / "place"
     place.mkdir()
