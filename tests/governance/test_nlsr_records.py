@@ -102,6 +102,8 @@ def test_a_patch_can_be_replayed_and_taken_to_another_registry(
     read_page(there.workspace, "line", tmp_path)
     there.revert()
     assert digests(there.working) == digests(there.trio.subject)
+    # How its neurons were found stayed there, so the patch is found anew here.
+    assert there.apply("animals", **chosen).digest_after == here.patch(1).digest_after
 
 
 def test_a_changed_artifact_and_a_changed_row_are_named(scenario: Scenario) -> None:
