@@ -52,6 +52,7 @@ class HashJournal:
             "tensors": digests.tensors,
         }
         note = {"key": _key(file), "algorithm": TENSOR_ALGORITHM, "digests": fields}
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # of a new registry in PostgreSQL it is not there yet
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             write_all(descriptor, (json.dumps(note) + "\n").encode())

@@ -160,3 +160,10 @@ def test_a_file_that_changed_is_hashed_again(apart: Trio, tmp_path: Path) -> Non
 def test_a_registered_model_leaves_no_journal(workspace: Workspace, apart: Trio) -> None:
     register_model(workspace, "base", apart.base, "base")
     assert list(workspace.directory.glob("hashing-*")) == []
+
+
+def test_the_directory_of_a_new_registry_need_not_be_there(apart: Trio, tmp_path: Path) -> None:
+    """SQLite's directory is made with its file; PostgreSQL has none until something is kept beside it."""
+    journal = HashJournal.of(tmp_path / "not" / "there", apart.subject)
+    hash_files(apart.subject, [BLOCKS], (), journal=journal)
+    assert journal.find(apart.subject / BLOCKS) is not None
