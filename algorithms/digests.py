@@ -20,7 +20,7 @@ from algorithms.errors import CheckpointError
 from algorithms.safetensors_files import StoredTensor, read_exactly
 from algorithms.tokenizer_content import TokenizerContent
 
-CHUNK_BYTES = 2 * 1024 * 1024
+CHUNK_BYTES = 2**20
 SHA256 = "sha256"
 BLAKE3 = "blake3"
 TENSOR_ALGORITHM = BLAKE3

@@ -50,12 +50,14 @@ class RowEdit:
 
     Attributes:
         rows: (n,) int64 rows of the module.
+        before: float32 values that the rows have in the subject; (n, in), or (n, r) rows of lora_B of a LoRA subject.
         values: float32; (n, in) effective rows of a full checkpoint, or (n, r + e) rows of lora_B of a LoRA subject.
         extension: (e, in) float32 rows to append to lora_A; rows of lora_B that are not in `rows` get e zeros there.
             None when the basis stays (e = 0) and for full checkpoints.
     """
 
     rows: Tensor
+    before: Tensor
     values: Tensor
     extension: Tensor | None
 
@@ -74,8 +76,9 @@ def edit_rows(
     Args and Raises: as `RowEditor`.
     """
     editor = RowEditor(subject, aligned, base, module, rows, settings, statistics)
-    values = [edit.values for edit in editor.edits()]
-    return RowEdit(editor.row_index, torch.cat(values), editor.extension)
+    edits = list(editor.edits())
+    before, values = (torch.cat(parts) for parts in ([e.before for e in edits], [e.values for e in edits]))
+    return RowEdit(editor.row_index, before, values, editor.extension)
 
 
 class RowEditor:
@@ -159,13 +162,13 @@ class RowEditor:
             yield self.row_index[start : start + self._height(size)]
 
     def _edit(self, index: Tensor, projected: Tensor | None) -> RowEdit:
-        values = self._new_values(index, projected)
-        return RowEdit(index, require_finite_values(values, self.module.name, "The computed edit"), self.extension)
-
-    def _new_values(self, index: Tensor, projected: Tensor | None) -> Tensor:
         t = self._coordinates.subject_rows(index)
-        if self._settings.strength == 0:
-            return t[:, : self._coordinates.own_width].clone()
+        before = t[:, : self._coordinates.own_width]
+        values = before.clone() if self._settings.strength == 0 else self._new_values(t, index, projected)
+        require_finite_values(values, self.module.name, "The computed edit")
+        return RowEdit(index, before, values, self.extension)
+
+    def _new_values(self, t: Tensor, index: Tensor, projected: Tensor | None) -> Tensor:
         new = self._recombined(t, index, projected) if self._directions is None else self._without_directions(t, index)
         if self._entries is None:
             return new

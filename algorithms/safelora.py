@@ -86,5 +86,7 @@ def safelora_edits(subject: WeightSource, aligned: WeightSource, base: WeightSou
     projected = C.of(coordinates.update_rows, coordinates.width)
     for block in row_blocks(linear, BLOCK_BYTES):
         index = torch.arange(block.start, block.stop)
+        before = coordinates.subject_rows(index)[:, : coordinates.own_width]
         values = coordinates.aligned_rows(index) + projected.rows(index)
-        yield RowEdit(index, require_finite_values(values, module, "The computed edit"), coordinates.extension)
+        require_finite_values(values, module, "The computed edit")
+        yield RowEdit(index, before, values, coordinates.extension)

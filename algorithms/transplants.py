@@ -59,8 +59,10 @@ class TransplantEditor:
         height = max(1, STREAM_BYTES // (4 * self.module.in_features))
         for start in range(0, max(1, len(self.row_index)), height):
             index = self.row_index[start : start + height]
+            before = self._coordinates.subject_rows(index)[:, : self._coordinates.own_width]
             values = self._coordinates.aligned_rows(index).clone()
-            yield RowEdit(index, require_finite_values(values, self.module.name, "The reference"), self.extension)
+            require_finite_values(values, self.module.name, "The reference")
+            yield RowEdit(index, before, values, self.extension)
 
 
 class FactorEditor:
@@ -86,11 +88,12 @@ class FactorEditor:
         new = transplanted_factors(of_subject, required_factors(reference, module), masks, module)
         grown = not torch.equal(new.A, of_subject.A)
         self.extension = new.A if grown else None
+        self._before = of_subject.B
         self._values = torch.cat([torch.zeros_like(of_subject.B), new.B], dim=1) if grown else new.B
 
     def edits(self) -> Iterator[RowEdit]:
         """One edit of every row; a factor is small."""
-        yield RowEdit(self.row_index, self._values, self.extension)
+        yield RowEdit(self.row_index, self._before, self._values, self.extension)
 
 
 def transplanted_factors(subject: LoraFactors, reference: LoraFactors, masks: FactorMasks, module: str) -> LoraFactors:

@@ -92,8 +92,7 @@ class CheckpointWeights:
             return torch.empty((0, linear.in_features))
         if linear.transposed:
             return self._columns(linear, rows)[order]
-        ranges = [(first, last) for first, last, _ in _spans(rows, 1, linear.out_features)]
-        values = self.checkpoint.read_ranges(linear.tensor, ranges).to(torch.float32)
+        values = self.checkpoint.read_ranges(linear.tensor, _runs(rows)).to(torch.float32)
         return values if torch.equal(rows, wanted) else values[order]
 
     def factors(self, module: str) -> LoraFactors | None:
@@ -251,6 +250,13 @@ def plain_index(index: slice | Tensor, linear: LinearModule) -> slice | Tensor:
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < d:
         raise IndexError(f"a row outside the {d} of {linear.name} is asked for")
     return index.to(torch.int64)
+
+
+def _runs(rows: Tensor) -> list[tuple[int, int]]:
+    """Half-open ranges that sorted distinct row numbers cover."""
+    breaks = (rows[1:] != rows[:-1] + 1).nonzero().flatten()
+    firsts, lasts = torch.cat([rows[:1], rows[breaks + 1]]), torch.cat([rows[breaks], rows[-1:]])
+    return list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))
 
 
 def _spans(rows: Tensor, gap: int, width: int) -> Iterator[tuple[int, int, Tensor]]:

@@ -216,7 +216,7 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
             with ArtifactWriter(path, header) as writer:
                 for done, module in enumerate(header.modules):
                     workspace.progress("computing rows", done, len(header.modules))
-                    outcomes.append(_write_module(writer, lineage, module, _editor(plan, planned[module.name])))
+                    outcomes.append(_write_module(writer, module, _editor(plan, planned[module.name])))
         except OSError as error:
             raise SpaceError(
                 f"the patch artifact in {workspace.store.directory} cannot be written ({error.strerror or error})",
@@ -318,17 +318,15 @@ def artifact_module(lineage: LineageState, name: str, rows: int, extension: int)
     )
 
 
-def _write_module(
-    writer: ArtifactWriter, lineage: LineageState, module: ArtifactModule, editor: Editor
-) -> ModuleOutcome:
+def _write_module(writer: ArtifactWriter, module: ArtifactModule, editor: Editor) -> ModuleOutcome:
     dtype, position = DTYPES[module.dtype], 0
     figures = RowFigures(module.name)
     writer.put(f"{module.name}/rows", editor.row_index)
     if editor.extension is not None and module.extension:
         writer.put(f"{module.name}/extension", editor.extension.to(dtype))
     for edit in editor.edits():
-        old = subject_rows(lineage, module, edit.rows)
-        new = edit.values.to(dtype)
+        # Rows are read as float32, which holds every stored dtype exactly.
+        old, new = edit.before.to(dtype), edit.values.to(dtype)
         writer.put(f"{module.name}/old", old, position)
         writer.put(f"{module.name}/new", new, position)
         figures.add(old, new)

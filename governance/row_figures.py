@@ -58,6 +58,8 @@ class RowFigures:
 
 def widened(rows: Tensor, width: int) -> Tensor:
     """Return rows (n, w) with zeros up to a width: what they are once lora_A has gained rows."""
+    if rows.shape[1] == width:
+        return rows
     return torch.cat([rows, rows.new_zeros(len(rows), width - rows.shape[1])], dim=1)
 
 

@@ -43,7 +43,8 @@ def whole_edit(editor: TransplantEditor | FactorEditor) -> RowEdit:
     edits = list(editor.edits())
     assert torch.equal(torch.cat([edit.rows for edit in edits]), editor.row_index)
     assert all(edit.extension is editor.extension for edit in edits)
-    return RowEdit(editor.row_index, torch.cat([edit.values for edit in edits]), editor.extension)
+    before, values = (torch.cat(parts) for parts in ([e.before for e in edits], [e.values for e in edits]))
+    return RowEdit(editor.row_index, before, values, editor.extension)
 
 
 def written(subject: LoraWeights, edit: RowEdit) -> LoraFactors:

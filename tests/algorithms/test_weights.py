@@ -1,6 +1,7 @@
 """Effective rows are the rows of the model that transformers and PEFT would run."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -147,12 +148,13 @@ def test_only_the_bytes_of_the_rows_are_read(pairs, monkeypatch, family, module,
     monkeypatch.setattr(weights_module, "GAP_BYTES", 0)
     weights = open_weights(pairs[family][0])
     counted: list[int] = []
-    read_exactly = checkpoints.read_exactly
-    monkeypatch.setattr(
-        checkpoints,
-        "read_exactly",
-        lambda file, view, path: (counted.append(len(view)), read_exactly(file, view, path)),
-    )
+    preadv = os.preadv
+
+    def counting(descriptor: int, views: list[memoryview], offset: int) -> int:
+        counted.append(preadv(descriptor, views, offset))
+        return counted[-1]
+
+    monkeypatch.setattr(checkpoints.os, "preadv", counting)
     weights.rows(module, index)
     distinct = len(set(index.tolist())) if isinstance(index, torch.Tensor) else 3
     assert sum(counted) == 4 * distinct * weights.modules[module].in_features
