@@ -7,7 +7,7 @@ import click
 from governance.commands.options import list_options, writing_workspace_options
 
 if TYPE_CHECKING:
-    from governance.evaluation import Measurement, Stage
+    from governance.evaluation import Measurement
     from governance.workspace import Workspace
 
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--model",
-    type=click.Choice(["head", "subject", "aligned", "base"]),
+    metavar="NAME",
     default="head",
     show_default=True,
-    help="Which model of the lineage.",
+    help="head, subject, aligned or base of the lineage, or the name of a registered reference.",
 )
 @click.option(
     "--accuracy",
@@ -57,7 +57,7 @@ def evaluate(
     workspace: "Workspace",
     lineage: str,
     dimensions: tuple[str, ...],
-    model: "Stage",
+    model: str,
     accuracy: tuple[str, ...],
     harmful: tuple[str, ...],
     over_refusal: str | None,
@@ -78,6 +78,7 @@ def evaluate(
     Examples:
       neuronledger evaluate support-bot
       neuronledger evaluate support-bot --model aligned --accuracy task=test.jsonl --over-refusal safe.jsonl
+      neuronledger evaluate support-bot --model super
     """
     from algorithms.judges import RefusalPhraseJudge
     from governance.commands.rendering import emit_list
