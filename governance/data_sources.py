@@ -51,16 +51,26 @@ def text_of(row: Row, column: str, number: int, location: str) -> str:
     Raises:
         PromptSetError: there is no such column, or it holds no text.
     """
-    value = _lookup(row, column)
-    if value is None and column not in row:
-        raise PromptSetError(
-            f"{location}: row {number} has no column {column}", f"name one of {', '.join(row) or 'its columns'}"
-        )
+    value = value_of(row, column, number, location)
     if value is None:
         return ""
     if not isinstance(value, str):
         raise PromptSetError(
             f"{location}: {column} of row {number} is {type(value).__name__}, not text", "name a text column"
+        )
+    return value
+
+
+def value_of(row: Row, column: str, number: int, location: str) -> Any:
+    """What stands in a column, or at a dotted path.
+
+    Raises:
+        PromptSetError: there is no such column.
+    """
+    value = _lookup(row, column)
+    if value is None and column not in row:
+        raise PromptSetError(
+            f"{location}: row {number} has no column {column}", f"name one of {', '.join(row) or 'its columns'}"
         )
     return value
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from governance.commands.options import list_options, writing_workspace_options
+from governance.commands.options import list_options, pairs, writing_workspace_options
 
 if TYPE_CHECKING:
     from governance.evaluation import Measurement
@@ -91,11 +91,11 @@ def evaluate(
         judge = RefusalPhraseJudge(phrases=refusal_phrase, name="own-phrases")
     tasks = {
         f"{name}_accuracy": PromptSource(file, prompt_columns=prompt_column, answer_column=answer_column)
-        for name, file in _named(accuracy, "--accuracy")
+        for name, file in pairs(accuracy, "--accuracy", "NAME=FILE")
     }
     others = {
         f"harmfulness_{name}": PromptSource(file, prompt_columns=prompt_column)
-        for name, file in _named(harmful, "--harmful")
+        for name, file in pairs(harmful, "--harmful", "NAME=FILE")
     }
     request = EvaluationRequest(
         model=model,
@@ -109,16 +109,6 @@ def evaluate(
     )
     figures = run(workspace, lineage, request)
     emit_list(figures, as_json, as_csv, lambda: _show(lineage, figures))
-
-
-def _named(texts: tuple[str, ...], option: str) -> list[tuple[str, str]]:
-    found = []
-    for text in texts:
-        name, equals, file = text.partition("=")
-        if not equals or not name or not file:
-            raise click.BadParameter(f"{text!r} is not NAME=FILE", param_hint=option)
-        found.append((name, file))
-    return found
 
 
 def _show(lineage: str, figures: "list[Measurement]") -> None:
