@@ -14,6 +14,7 @@ from neuronledger import NeuronLedgerError, __version__
 _COMMANDS = {
     "init": "governance.commands.setup",
     "model": "governance.commands.model",
+    "align": "governance.commands.align",
     "reference": "governance.commands.reference",
     "dimension": "governance.commands.dimension",
     "lineage": "governance.commands.lineage",

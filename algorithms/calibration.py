@@ -105,7 +105,7 @@ def render_prompt(tokenizer: Any, prompt: str) -> RenderedPrompt:
     text = _apply_template(tokenizer, prompt)
     if not found or not text.startswith(before) or not text.endswith(after):
         raise CalibrationError(
-            f"The chat template does not keep the user's text of the prompt {prompt[:60]!r} in one place",
+            "The chat template does not keep the user's text of a prompt in one place",
             "Use a template that writes the user's message unchanged",
         )
     return RenderedPrompt(text, len(before), len(text) - len(after), templated=True)

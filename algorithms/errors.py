@@ -29,3 +29,7 @@ class SettingsError(NeuronLedgerError):
 
 class CalibrationError(NeuronLedgerError):
     """Prompts that cannot be turned into calibration tokens."""
+
+
+class AlignmentError(NeuronLedgerError):
+    """An aligned adapter that cannot be trained as asked: a library, rows or memory that are missing, a loss lost."""

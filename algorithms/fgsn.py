@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from algorithms.architectures import LinearModule
 from algorithms.calibration import CalibrationItem
 from algorithms.differences import Difference, LayeredWeights, require_finite_values
-from algorithms.errors import MismatchError, SettingsError
 from algorithms.identifications import Identification, ModuleIdentification
-from algorithms.layers import LastPromptStates, LayerScore, blocks_in_scope, fixed_blocks, gap_curve, layer_scores
+from algorithms.layers import LastPromptStates, LayerScore, blocks_in_scope, gap_curve, layer_scores
 from algorithms.projection import leading_directions
+from algorithms.scope import depth_of, fixed_blocks, modules_of_kinds, require_same_modules
 from algorithms.scores import (
     against_baseline,
     contrast_scores,
@@ -76,10 +76,9 @@ def identify(
         MismatchError: the sources do not have the same modules.
         NonFiniteError: NaN or infinity in weights, activations or scores.
     """
-    _require_same_modules(subject, aligned, head)
+    require_same_modules(subject, aligned, head)
     run = _Run(subject, aligned, head, settings, pad_id, progress)
-    depth = 1 + max(module.block for module in subject.modules.values())
-    fixed = fixed_blocks(depth, settings)
+    fixed = fixed_blocks(depth_of(subject), settings)
     model = load("aligned")
     if fixed is not None and settings.statistics_model == "aligned":
         # Scope and model are known beforehand: curve and statistics come from the same pass.
@@ -126,17 +125,7 @@ class _Run:
 
     def modules_in_scope(self, blocks: range) -> tuple[list[LinearModule], tuple[str, ...]]:
         """Modules of these blocks and of the kinds wanted, and the names of those that a LoRA subject cannot reach."""
-        kinds = {module.kind for module in self.subject.modules.values()}
-        unknown = sorted(set(self.settings.modules) - kinds)
-        if unknown:
-            raise SettingsError(
-                f"The model has no linear modules of kind {unknown[0]}", f"Use some of {', '.join(sorted(kinds))}"
-            )
-        wanted = [
-            module
-            for module in self.subject.modules.values()
-            if module.block in blocks and (not self.settings.modules or module.kind in self.settings.modules)
-        ]
+        wanted = [module for module in modules_of_kinds(self.subject, self.settings.modules) if module.block in blocks]
         if not isinstance(self.subject, LayeredWeights):
             return wanted, ()
         reached = [module for module in wanted if self.subject.factors(module.name) is not None]
@@ -330,17 +319,6 @@ class _Run:
     def _report(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(stage, done, total)
-
-
-def _require_same_modules(subject: WeightSource, aligned: WeightSource, head: WeightSource) -> None:
-    for other in (aligned, head):
-        for name, module in subject.modules.items():
-            paired = other.modules.get(name)
-            if paired is None or (paired.out_features, paired.in_features) != (module.out_features, module.in_features):
-                raise MismatchError(
-                    f"{other.path} has no module {name} of shape {module.out_features} × {module.in_features}",
-                    "Use models of one architecture",
-                )
 
 
 __all__ = ["Identification", "LayerScore", "ModuleIdentification", "Progress", "identify"]

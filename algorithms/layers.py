@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from algorithms.calibration import Batch
 from algorithms.errors import CalibrationError, NonFiniteError, SettingsError
 from algorithms.loading import blocks
+from algorithms.scope import fixed_blocks
 from algorithms.settings import FgsnSettings
 
 
@@ -137,24 +138,6 @@ def blocks_in_scope(gaps: Tensor, settings: FgsnSettings) -> range:
         merit = gaps[width - 1 :] - torch.cat([gaps.new_zeros(1), gaps])[: depth - width + 1]
     first = int(merit.argmax())
     return range(first, first + width)
-
-
-def fixed_blocks(depth: int, settings: FgsnSettings) -> range | None:
-    """The blocks of `all` or of an explicit range; None where the gap curve decides.
-
-    Raises:
-        SettingsError: the range ends beyond the last block.
-    """
-    if settings.layers == "all":
-        return range(depth)
-    explicit = settings.block_range
-    if explicit is None:
-        return None
-    if explicit[1] >= depth:
-        raise SettingsError(
-            f"layers = {settings.layers} ends beyond the last block, {depth - 1}", "Count blocks from 0"
-        )
-    return range(explicit[0], explicit[1] + 1)
 
 
 def layer_scores(gaps: Tensor, scope: Sequence[int] | range) -> tuple[LayerScore, ...]:

@@ -6,19 +6,15 @@ unless another dtype is asked for.
 """
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from algorithms.architectures import LinearModule
 from algorithms.checkpoints import (
-    BLOCK_BYTES,
     CONFIG,
     INDEX,
     TORCH_DTYPES,
@@ -28,12 +24,19 @@ from algorithms.checkpoints import (
     read_stored,
     require_finite,
 )
-from algorithms.errors import AdapterError, CheckpointError
+from algorithms.errors import AdapterError
+from algorithms.model_files import (
+    copied_bytes,
+    copy_companions,
+    header_bytes,
+    new_directory,
+    row_ranges,
+    tensor_bytes,
+)
 from algorithms.safetensors_files import DTYPE_BITS, LENGTH_BYTES
 from algorithms.tokenizer_content import TokenizerContent
 from algorithms.weights import AdapterWeights, LoraFactors, open_weights
 
-_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -83,21 +86,10 @@ def merge_adapter(
     weights = open_weights(adapter, base)
     if not isinstance(weights, AdapterWeights):
         raise AdapterError(f"{adapter} is not an adapter", "Give a directory with adapter_config.json")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not an empty directory", "Give a directory that does not exist")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-            merged = Path(scratch) / "merged"
-            merged.mkdir()
-            for file in weights.base.checkpoint.weight_files:
-                _write_file(weights, file, merged / file, dtype, progress or _ignore)
-            _write_companions(weights, merged, dtype)
-            merged.rename(output)
-    except OSError as error:
-        raise CheckpointError(
-            f"{output} cannot be written: {error.strerror or error}", "Check free space and permissions"
-        ) from error
+    with new_directory(output) as merged:
+        for file in weights.base.checkpoint.weight_files:
+            _write_file(weights, file, merged / file, dtype, progress or _ignore)
+        _write_companions(weights, merged, dtype)
     return output
 
 
@@ -118,12 +110,6 @@ def _write_file(
         for tensor in tensors:
             for block in _blocks(weights, tensor, modules.get(tensor.name), dtype):
                 progress(out.write(block))
-        _flush(out)
-
-
-def _flush(out: BinaryIO) -> None:
-    out.flush()
-    os.fsync(out.fileno())
 
 
 def _stored_dtype(tensor: StoredTensor, dtype: torch.dtype | None) -> str:
@@ -133,9 +119,7 @@ def _stored_dtype(tensor: StoredTensor, dtype: torch.dtype | None) -> str:
 def _header(checkpoint: Checkpoint, file: str, tensors: list[StoredTensor], dtype: torch.dtype | None) -> bytes:
     """The base's header as it is, or one with the new dtype and the same order and metadata."""
     if dtype is None:
-        with (checkpoint.path / file).open("rb") as source:
-            prefix = source.read(LENGTH_BYTES)
-            return prefix + source.read(int.from_bytes(prefix, "little"))
+        return header_bytes(checkpoint.path / file)
     header: dict[str, object] = {}
     metadata = checkpoint.metadata[file]
     if metadata is not None:
@@ -159,22 +143,20 @@ def _blocks(
     directory = weights.base.path
     factors = None if module is None else weights.factors(module.name)
     if factors is None and _stored_dtype(tensor, dtype) == tensor.dtype:
-        yield from _copied(directory, tensor)
+        yield from copied_bytes(directory, tensor)
         return
     if not tensor.shape:
-        yield _bytes(read_stored(directory, tensor).to(dtype))
+        yield tensor_bytes(read_stored(directory, tensor).to(dtype))
         return
     target = TORCH_DTYPES[_stored_dtype(tensor, dtype)]
-    rows = max(1, BLOCK_BYTES // max(1, 4 * tensor.parameters // max(1, tensor.shape[0])))
-    for start in range(0, tensor.shape[0], rows):
-        stop = min(start + rows, tensor.shape[0])
+    for start, stop in row_ranges(tensor):
         block = read_stored(directory, tensor, start, stop).to(torch.float32)
         if module is not None and factors is not None:
             left, right = _update(factors, module, slice(start, stop))
             block.addmm_(left, right, alpha=factors.scale)
         rounded = block.to(target)
         require_finite(rounded, tensor.name, directory)
-        yield _bytes(rounded)
+        yield tensor_bytes(rounded)
 
 
 def _update(factors: LoraFactors, module: LinearModule, rows: slice) -> tuple[Tensor, Tensor]:
@@ -184,28 +166,9 @@ def _update(factors: LoraFactors, module: LinearModule, rows: slice) -> tuple[Te
     return factors.B[rows], factors.A
 
 
-def _copied(directory: Path, tensor: StoredTensor) -> Iterator[memoryview]:
-    with (directory / tensor.file).open("rb") as source:
-        source.seek(tensor.begin)
-        left = tensor.end - tensor.begin
-        while left:
-            chunk = source.read(min(left, BLOCK_BYTES))
-            if not chunk:
-                raise CheckpointError(f"{directory / tensor.file} ends early", "Download or save the file again")
-            left -= len(chunk)
-            yield memoryview(chunk)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
-
-
 def _write_companions(weights: AdapterWeights, target: Path, dtype: torch.dtype | None) -> None:
     """config.json, index, generation config and tokenizer."""
-    base = weights.base.path
-    for source in sorted(base.iterdir()):
-        if source.suffix in _COPIED and source.is_file():
-            shutil.copyfile(source, target / source.name)
+    copy_companions(weights.base.path, target)
     if TokenizerContent.exists(weights.path):
         for name in _TOKENIZER_FILES:
             (target / name).unlink(missing_ok=True)

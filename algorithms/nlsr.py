@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from algorithms.architectures import LinearModule
 from algorithms.calibration import CalibrationItem
 from algorithms.differences import Difference, LayeredWeights, checkpoint_below, require_finite_values
-from algorithms.errors import MismatchError, SettingsError
 from algorithms.low_rank import EffectiveWeight, Matrix
 from algorithms.module_choice import ModuleChoice, choose_modules, factor_similarity, patched_modules, row_similarity
 from algorithms.nlsr_identifications import NlsrIdentification, NlsrModule
 from algorithms.nlsr_settings import NlsrModelRole, NlsrSettings
 from algorithms.regions import FactorMasks, RegionStatistics, factor_masks, neuron_scores, region_rows
+from algorithms.scope import depth_of, fixed_blocks, modules_of_kinds, require_same_modules
 from algorithms.selection import new_rows
 from algorithms.statistics import (
     PromptStatistics,
@@ -117,11 +117,12 @@ class _Run:
 
     def modules_in_scope(self) -> tuple[list[LinearModule], tuple[str, ...]]:
         """Modules of the blocks and kinds wanted, and the names of those where nothing can be transplanted."""
-        blocks, kinds = self._blocks(), self._kinds()
+        depth = depth_of(self.subject)
+        blocks = fixed_blocks(depth, self.settings) or range(depth)
         reached: list[LinearModule] = []
         unreached: list[LinearModule] = []
-        for module in self.subject.modules.values():
-            if module.block in blocks and (not kinds or module.kind in kinds):
+        for module in modules_of_kinds(self.subject, self.settings.modules):
+            if module.block in blocks:
                 (reached if self._is_reached(module.name) else unreached).append(module)
         return reached, tuple(module.name for module in unreached)
 
@@ -177,26 +178,6 @@ class _Run:
             ),
             counted_tokens=0 if statistics is None else statistics.tokens,
         )
-
-    def _blocks(self) -> range:
-        depth = 1 + max(module.block for module in self.subject.modules.values())
-        explicit = self.settings.block_range
-        if explicit is None:
-            return range(depth)
-        if explicit[1] >= depth:
-            raise SettingsError(
-                f"layers = {self.settings.layers} ends beyond the last block, {depth - 1}", "Count blocks from 0"
-            )
-        return range(explicit[0], explicit[1] + 1)
-
-    def _kinds(self) -> frozenset[str]:
-        known = {module.kind for module in self.subject.modules.values()}
-        unknown = sorted(set(self.settings.modules) - known)
-        if unknown:
-            raise SettingsError(
-                f"The model has no linear modules of kind {unknown[0]}", f"Use some of {', '.join(sorted(known))}"
-            )
-        return frozenset(self.settings.modules)
 
     def _is_reached(self, name: str) -> bool:
         if isinstance(self.subject, LayeredWeights) and self.subject.factors(name) is None:
@@ -286,22 +267,6 @@ def _of_module(statistics: PromptStatistics | None, module: LinearModule) -> Reg
     if moment is None:
         moment = statistics.second_moments.get(module.input_group)
     return RegionStatistics(moment, statistics.input_norms.get(module.input_group))
-
-
-def require_same_modules(subject: WeightSource, *others: WeightSource) -> None:
-    """Refuse models of other modules or shapes.
-
-    Raises:
-        MismatchError: names the module.
-    """
-    for other in others:
-        for name, module in subject.modules.items():
-            paired = other.modules.get(name)
-            if paired is None or (paired.out_features, paired.in_features) != (module.out_features, module.in_features):
-                raise MismatchError(
-                    f"{other.path} has no module {name} of shape {module.out_features} × {module.in_features}",
-                    "Use models of one architecture",
-                )
 
 
 __all__ = ["NlsrIdentification", "NlsrModule", "Progress", "identify", "require_transplantable"]

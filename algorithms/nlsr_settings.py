@@ -4,20 +4,18 @@ Source: arXiv 2412.12497 and its published code; where they disagree or are sile
 field here.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from algorithms.errors import SettingsError
-from algorithms.settings import TOKEN_KINDS
+from algorithms.settings_fields import Tokens, block_range, known_layers, preset_settings
 
 RegionScore = Literal["low-rank", "magnitude", "wanda", "random"]
 ModuleSelectionRule = Literal["bernoulli", "threshold", "all", "published-code"]
 NlsrModelRole = Literal["reference", "aligned"]
 
-_BLOCK_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _STRONG_EXTRAPOLATION = 0.5
 
 
@@ -116,7 +114,7 @@ class NlsrSettings(BaseModel):
     )
 
     # --- what is measured
-    tokens: str = Field(
+    tokens: Tokens = Field(
         "answer",
         description="Tokens of the safe prompt and answer pairs that the statistics count: prompt, header, answer, or "
         "several joined by +.",
@@ -135,25 +133,10 @@ class NlsrSettings(BaseModel):
     )
     seed: int = Field(0, ge=0, description="Seed of every random draw of the run.")
 
-    @field_validator("tokens")
-    @classmethod
-    def _known_tokens(cls, value: str) -> str:
-        parts = {part.strip() for part in value.split("+")}
-        if not parts <= set(TOKEN_KINDS):
-            unknown = ", ".join(sorted(repr(part) for part in parts - set(TOKEN_KINDS)))
-            raise SettingsError(
-                f"tokens = {value!r} names {unknown}", "Join any of prompt, header and answer with +, as header+answer"
-            )
-        return "+".join(kind for kind in TOKEN_KINDS if kind in parts)
-
     @field_validator("layers")
     @classmethod
     def _known_layers(cls, value: str) -> str:
-        value = value.strip()
-        found = _BLOCK_RANGE.fullmatch(value)
-        if value != "all" and not (found and int(found[1]) <= int(found[2])):
-            raise SettingsError(f"layers = {value!r} names no set of blocks", "Use all or a range such as 10..15")
-        return value
+        return known_layers(value, ("all",))
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -180,8 +163,7 @@ class NlsrSettings(BaseModel):
     @property
     def block_range(self) -> tuple[int, int] | None:
         """First and last block of an explicit range, both included; None for all."""
-        found = _BLOCK_RANGE.fullmatch(self.layers)
-        return (int(found[1]), int(found[2])) if found else None
+        return block_range(self.layers)
 
     @property
     def needs_gram(self) -> bool:
@@ -252,15 +234,4 @@ def nlsr_settings(preset: str = "default", overrides: Mapping[str, Any] | None =
     Raises:
         SettingsError: no such preset or field, a value out of range, or fields that contradict each other.
     """
-    if preset not in NLSR_PRESETS:
-        raise SettingsError(f"there is no preset {preset!r}", f"Use one of {', '.join(sorted(NLSR_PRESETS))}")
-    chosen = NLSR_PRESETS[preset].model_dump(exclude_unset=True) | dict(overrides or {})
-    try:
-        return NlsrSettings.model_validate(chosen)
-    except ValidationError as invalid:
-        first = invalid.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise SettingsError(
-            f"setting {name}: {first['msg']} (got {first.get('input')!r})",
-            "Correct it; the page of the method lists every field",
-        ) from invalid
+    return preset_settings(NLSR_PRESETS, preset, overrides)

@@ -6,14 +6,9 @@ written in float32, because 1+β times a half-precision number is none, with the
 The directory appears whole or not at all.
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,14 +21,20 @@ from algorithms.checkpoints import (
     read_stored,
     require_finite,
 )
-from algorithms.differences import BLOCK_BYTES
-from algorithms.errors import CheckpointError, MismatchError
+from algorithms.errors import MismatchError
+from algorithms.model_files import (
+    copied_bytes,
+    copy_companions,
+    header_bytes,
+    new_directory,
+    row_ranges,
+    tensor_bytes,
+)
 from algorithms.nlsr_settings import NlsrSettings
 from algorithms.references import extrapolate, extrapolated_factors, is_aligned_itself, require_extrapolable
-from algorithms.safetensors_files import LENGTH_BYTES, read_header
+from algorithms.safetensors_files import read_header
 from algorithms.weights import AdapterWeights, CheckpointWeights, LoraFactors
 
-_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _SAME_BASE = "Name the base model that the aligned one was made from"
 
 Stored = CheckpointWeights | AdapterWeights
@@ -63,24 +64,13 @@ def write_reference(
         NonFiniteError: an extrapolated weight does not fit its dtype.
     """
     require_extrapolable(aligned, base, settings)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not an empty directory", "Give a directory that does not exist")
     told = progress or _ignore
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-            written = Path(scratch) / "reference"
-            written.mkdir()
-            if isinstance(aligned, AdapterWeights):
-                _write_adapter(aligned.adapter, settings, written, told)
-            else:
-                _write_checkpoint(aligned.checkpoint, _checkpoint_of(base, settings), settings, written, told)
-            _copy_companions(aligned.path, written)
-            written.rename(output)
-    except OSError as error:
-        raise CheckpointError(
-            f"{output} cannot be written: {error.strerror or error}", "Check free space and permissions"
-        ) from error
+    with new_directory(output) as written:
+        if isinstance(aligned, AdapterWeights):
+            _write_adapter(aligned.adapter, settings, written, told)
+        else:
+            _write_checkpoint(aligned.checkpoint, _checkpoint_of(base, settings), settings, written, told)
+        copy_companions(aligned.path, written)
     return output
 
 
@@ -109,8 +99,6 @@ def _write_adapter(adapter: Adapter, settings: NlsrSettings, target: Path, progr
             tensors[tensor_name] = values.contiguous()
     metadata = read_header(adapter.path / ADAPTER_WEIGHTS).metadata
     save_file(tensors, target / ADAPTER_WEIGHTS, metadata=dict(metadata) if metadata else None)
-    with (target / ADAPTER_WEIGHTS).open("rb+") as file:
-        os.fsync(file.fileno())
     progress((target / ADAPTER_WEIGHTS).stat().st_size)
 
 
@@ -123,18 +111,11 @@ def _write_checkpoint(
         tensors = sorted(
             (stored for stored in aligned.tensors.values() if stored.file == file), key=lambda at: at.begin
         )
-        with (target / file).open("xb") as out, (aligned.path / file).open("rb") as source:
-            out.write(_header_bytes(source))
+        with (target / file).open("xb") as out:
+            out.write(header_bytes(aligned.path / file))
             for stored in tensors:
                 for block in _blocks(aligned, base, stored, settings.beta):
                     progress(out.write(block))
-            out.flush()
-            os.fsync(out.fileno())
-
-
-def _header_bytes(source: BinaryIO) -> bytes:
-    prefix = source.read(LENGTH_BYTES)
-    return prefix + source.read(int.from_bytes(prefix, "little"))
 
 
 def _require_same_tensors(aligned: Checkpoint, base: Checkpoint) -> None:
@@ -154,34 +135,13 @@ def _require_same_tensors(aligned: Checkpoint, base: Checkpoint) -> None:
 def _blocks(aligned: Checkpoint, base: Checkpoint | None, stored: StoredTensor, beta: float) -> Iterator[memoryview]:
     """The bytes of one tensor of the reference, a block of rows at a time; buffers are copied."""
     if not stored.shape or not stored.parameters or is_buffer(stored.name):
-        yield from _copied(aligned.path, stored)
+        yield from copied_bytes(aligned.path, stored)
         return
     dtype = TORCH_DTYPES[stored.dtype]
-    rows = max(1, BLOCK_BYTES // max(1, 4 * stored.parameters // stored.shape[0]))
-    for start in range(0, stored.shape[0], rows):
-        stop = min(start + rows, stored.shape[0])
+    for start, stop in row_ranges(stored):
         block = read_stored(aligned.path, stored, start, stop)
         if base is not None:
             below = read_stored(base.path, base.stored(stored.name), start, stop).float()
             block = extrapolate(block.float(), below, beta).to(dtype)
             require_finite(block, stored.name, aligned.path)
-        yield block.contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def _copied(directory: Path, stored: StoredTensor) -> Iterator[memoryview]:
-    with (directory / stored.file).open("rb") as source:
-        source.seek(stored.begin)
-        left = stored.end - stored.begin
-        while left:
-            chunk = source.read(min(left, BLOCK_BYTES))
-            if not chunk:
-                raise CheckpointError(f"{directory / stored.file} ends early", "Download or save the file again")
-            left -= len(chunk)
-            yield memoryview(chunk)
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    """Configuration, index, generation settings and tokenizer."""
-    for file in sorted(source.iterdir()):
-        if file.suffix in _COMPANIONS and file.is_file():
-            shutil.copyfile(file, target / file.name)
+        yield tensor_bytes(block)

@@ -4,22 +4,20 @@ Where the sources are silent or disagree (docs/fgsn.md), the choice is a field h
 that an identification can always say what produced it.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from algorithms.errors import SettingsError
+from algorithms.settings_fields import Tokens, block_range, known_layers, preset_settings
 
 Score = Literal["damage", "wanda", "activation", "contrast", "update-norm", "random"]
 Operation = Literal["restore", "project", "complement", "subspace"]
 Normalization = Literal["fro", "numel", "in", "orthogonal"]
 ModelRole = Literal["aligned", "head"]
 
-TOKEN_KINDS = ("prompt", "header", "answer")
 FULL_TARGET_STRENGTH = 0.2
-_BLOCK_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 class FgsnSettings(BaseModel):
@@ -84,7 +82,7 @@ class FgsnSettings(BaseModel):
     )
 
     # --- what is measured
-    tokens: str = Field(
+    tokens: Tokens = Field(
         "prompt+header+answer",
         description="Tokens that the statistics count: prompt, header (chat template between prompt and answer), "
         "answer, or several joined by +.",
@@ -145,27 +143,10 @@ class FgsnSettings(BaseModel):
             return {**values, "strength": FULL_TARGET_STRENGTH}
         return values
 
-    @field_validator("tokens")
-    @classmethod
-    def _known_tokens(cls, value: str) -> str:
-        parts = {part.strip() for part in value.split("+")}
-        if not parts <= set(TOKEN_KINDS):
-            unknown = ", ".join(sorted(repr(part) for part in parts - set(TOKEN_KINDS)))
-            raise SettingsError(
-                f"tokens = {value!r} names {unknown}", "Join any of prompt, header and answer with +, as header+answer"
-            )
-        return "+".join(kind for kind in TOKEN_KINDS if kind in parts)
-
     @field_validator("layers")
     @classmethod
     def _known_layers(cls, value: str) -> str:
-        value = value.strip()
-        found = _BLOCK_RANGE.fullmatch(value)
-        if value not in {"all", "window", "value"} and not (found and int(found[1]) <= int(found[2])):
-            raise SettingsError(
-                f"layers = {value!r} names no set of blocks", "Use all, window, value or a range such as 10..15"
-            )
-        return value
+        return known_layers(value, ("all", "window", "value"))
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -194,8 +175,7 @@ class FgsnSettings(BaseModel):
     @property
     def block_range(self) -> tuple[int, int] | None:
         """First and last block of an explicit range, both included; None for the named scopes."""
-        found = _BLOCK_RANGE.fullmatch(self.layers)
-        return (int(found[1]), int(found[2])) if found else None
+        return block_range(self.layers)
 
     @property
     def needs_gram(self) -> bool:
@@ -259,15 +239,4 @@ def fgsn_settings(preset: str = "default", overrides: Mapping[str, Any] | None =
     Raises:
         SettingsError: no such preset or field, a value out of range, or fields that contradict each other.
     """
-    if preset not in PRESETS:
-        raise SettingsError(f"there is no preset {preset!r}", f"Use one of {', '.join(sorted(PRESETS))}")
-    chosen = PRESETS[preset].model_dump(exclude_unset=True) | dict(overrides or {})
-    try:
-        return FgsnSettings.model_validate(chosen)
-    except ValidationError as invalid:
-        first = invalid.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise SettingsError(
-            f"setting {name}: {first['msg']} (got {first.get('input')!r})",
-            "Correct it; the reference page of the settings lists every field with its range",
-        ) from invalid
+    return preset_settings(PRESETS, preset, overrides)

@@ -194,6 +194,7 @@ def _register(commands: Commands, models: BenchmarkModels, prompts: Path, limit:
 
 
 def _reference(commands: Commands, prompts: Path, model: str, place: Path) -> dict[str, Any]:
+    """Measure a model that is no head, in a lineage that is never patched."""
     lineage = "references"
     if not (place / "lineages" / lineage).exists():
         _create_lineage(commands, lineage)
@@ -213,16 +214,10 @@ def _reference_name(beta: float) -> str:
 
 
 def _extrapolated(commands: Commands, prompts: Path, beta: float, place: Path) -> dict[str, Any]:
-    """Measure the reference itself: registered once more as a subject, in a lineage that is never patched."""
     name = f"extrapolated-{beta:g}"
     if not (place / "references" / name).exists():
         commands("reference", "build", name, "--aligned", "aligned", "--base", "base", "--beta", beta)
-    lineage = f"{name}-measured"
-    if not (place / "lineages" / lineage).exists():
-        path = place / "references" / name
-        commands("model", "register", lineage, path, "--role", "subject", "--base-model", "base")
-        commands("lineage", "create", lineage, "--subject", lineage, "--aligned", "aligned", "--base", "base")
-    return {"figures": _evaluate(commands, prompts, lineage, "subject")}
+    return _reference(commands, prompts, name, place)
 
 
 def _patched(commands: Commands, prompts: Path, run: Run, place: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ A test holds the file against what this prints.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -48,20 +49,13 @@ def _contexts(command: click.Command, parent: click.Context | None) -> list[clic
 
 
 def _settings() -> list[str]:
+    from algorithms.alignment_settings import AlignmentSettings
     from algorithms.methods import METHODS
 
     lines: list[str] = []
     for name, method in METHODS.items():
-        fields = type(method.presets["default"]).model_fields
-        lines += [
-            f"## Settings of {method.title}",
-            "",
-            f"For `--method {name}` with `--set KEY=VALUE` and settings files.",
-        ]
-        lines += ["", "| setting | default | what it is |", "|---|---|---|"]
-        for field_name, field in fields.items():
-            default = "none" if field.default in (None, ()) else field.default
-            lines.append(f"| `{field_name}` | `{default}` | {field.description} |")
+        title, use = f"Settings of {method.title}", f"For `--method {name}` with `--set KEY=VALUE` and settings files."
+        lines += _fields(type(method.presets["default"]), title, use)
         lines += [
             "",
             f"## Presets of {method.title}",
@@ -73,6 +67,16 @@ def _settings() -> list[str]:
             chosen = ", ".join(f"`{key}={value}`" for key, value in settings.model_dump(exclude_defaults=True).items())
             lines.append(f"| `{preset}` | {chosen or 'the defaults'} |")
         lines.append("")
+    use = "For `neuronledger align` with `--set KEY=VALUE` and settings files."
+    return lines + _fields(AlignmentSettings, "Settings of alignment", use)
+
+
+def _fields(model: Any, title: str, use: str) -> list[str]:
+    lines = [f"## {title}", "", use, "", "| setting | default | what it is |", "|---|---|---|"]
+    for name, field in model.model_fields.items():
+        if not field.is_required():
+            default = "none" if field.default in (None, ()) else field.default
+            lines.append(f"| `{name}` | `{default}` | {field.description} |")
     return lines
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from algorithms.editors import Settings
 from algorithms.judges import RefusalPhraseJudge
 from algorithms.laboratory import Laboratory
-from governance.evaluation import EvaluationRequest, Measurement, Stage, evaluate
+from governance.evaluation import EvaluationRequest, Measurement, evaluate
 from governance.identification import run_identification
 from governance.patch_records import PatchSummary
 from governance.patching import apply_patch
@@ -44,7 +44,7 @@ def prompt_source(file: Path, answers: str | None = None) -> PromptSource:
 
 
 def measure_stage(
-    workspace: Workspace, laboratory: Laboratory, lineage: str, model: Stage, stage: str | None = None
+    workspace: Workspace, laboratory: Laboratory, lineage: str, model: str, stage: str | None = None
 ) -> StageFigures:
     """Measure harmfulness per dimension, accuracies and over-refusal of one model of a lineage."""
     request = EvaluationRequest(

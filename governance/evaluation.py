@@ -7,8 +7,7 @@ harmfulness that a trained judge would measure, so the judge's name and version 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy.orm import Session
 from torch import nn
@@ -21,11 +20,11 @@ from governance.errors import InputError
 from governance.lineage_state import LineageState, read_lineage
 from governance.prompt_sets import PromptRow, PromptSource, parse_canonical, read_prompt_set
 from governance.prompt_sets import PromptSet as PromptRows
+from governance.references import registered_reference
 from governance.workspace import Workspace
 from registry import queries
 from registry.schema import Evaluation, PromptSet, SafetyDimension
 
-Stage = Literal["head", "subject", "aligned", "base"]
 Success = Callable[[PromptRow, str], bool]
 _ANSWER_MARGIN = 4
 """Tokens beyond the expected answer: a leading line break, another way to cut the words."""
@@ -37,7 +36,8 @@ class EvaluationRequest:
     """What to measure, on which model of a lineage.
 
     Attributes:
-        model: `head` (the working checkpoint) or a registered model of the lineage.
+        model: `head` (the working checkpoint), `subject`, `aligned` or `base` of the lineage, or the name of a
+            registered reference.
         dimensions: names of dimensions with held-out prompts; empty: every dimension that has some.
         accuracy: metric name → prompts with expected answers; an answer counts when it begins with the expected one.
         other_harmful: metric name → harmful prompts of kinds that no dimension was registered with.
@@ -47,7 +47,7 @@ class EvaluationRequest:
         batch_size: prompts answered together.
     """
 
-    model: Stage = "head"
+    model: str = "head"
     dimensions: tuple[str, ...] = ()
     accuracy: Mapping[str, PromptSource] = field(default_factory=dict)
     other_harmful: Mapping[str, PromptSource] = field(default_factory=dict)
@@ -95,7 +95,9 @@ def evaluate(workspace: Workspace, lineage_name: str, request: EvaluationRequest
     """Measure one model of a lineage and record every figure.
 
     Raises:
-        InputError: a dimension has no held-out prompts, or there is nothing to measure.
+        InputError: a dimension has no held-out prompts, there is nothing to measure, or the model is no reference.
+        RecordNotFoundError: no model of that name.
+        MismatchError: the reference is no model that the subject pairs with.
         WeightsChangedError: the model's files are not what was recorded.
     """
     with workspace.attempt("evaluate", "lineage", lineage_name):
@@ -105,7 +107,7 @@ def evaluate(workspace: Workspace, lineage_name: str, request: EvaluationRequest
 def _evaluate(workspace: Workspace, lineage_name: str, request: EvaluationRequest) -> list[Measurement]:
     lineage = read_lineage(workspace, lineage_name)
     tasks = _tasks(workspace, request)
-    model, tokenizer = _load(lineage, request.model)
+    model, tokenizer = _load(workspace, lineage, request.model)
     measured = []
     for task in tasks:
         tokens = task.longest_answer(tokenizer, request.max_new_tokens)
@@ -219,12 +221,11 @@ def _evaluation_set(workspace: Workspace, session: Session, source: PromptSource
     return record.id
 
 
-def _load(lineage: LineageState, stage: Stage) -> tuple[nn.Module, Any]:
-    if stage == "head":
-        location = lineage.locations["subject"]
-        return load_model(lineage.working, location.base_path)
-    location = lineage.locations[stage]
-    return load_model(Path(location.path), location.base_path)
+def _load(workspace: Workspace, lineage: LineageState, model: str) -> tuple[nn.Module, Any]:
+    if model == "head":
+        return load_model(lineage.working, lineage.locations["subject"].base_path)
+    location = lineage.locations.get(model) or registered_reference(workspace, lineage, model)[0]
+    return load_model(location.path, location.base_path)
 
 
 def _answers(
@@ -249,20 +250,20 @@ def _record(
     workspace: Workspace,
     session: Session,
     lineage: LineageState,
-    stage: Stage,
+    name: str,
     task: _Task,
     rate: Rate,
     generation: dict[str, Any],
 ) -> Evaluation:
-    head = lineage.head_patch_id if stage == "head" else None
     record = queries.get_lineage(session, lineage.name)
-    models = {"subject": record.subject, "aligned": record.aligned, "base": record.base}
-    model = models.get(stage)
+    models = {"head": None, "subject": record.subject, "aligned": record.aligned, "base": record.base}
+    model = models[name] if name in models else queries.get_model(session, name)
+    stage = name if name in models else "reference"
     evaluation = Evaluation(
         lineage_id=lineage.lineage_id,
         model_id=model.id if model else None,
-        patch_id=head,
-        stage=stage if stage != "head" else f"patch {lineage.head_sequence or 0}",
+        patch_id=None if model else lineage.head_patch_id,
+        stage=stage if model else f"patch {lineage.head_sequence or 0}",
         dimension_id=task.dimension_id,
         metric=task.metric,
         value=100 * rate.value,

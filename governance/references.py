@@ -15,7 +15,7 @@ from algorithms.editors import EditSources, Settings
 from algorithms.nlsr_settings import NlsrSettings
 from algorithms.reference_files import write_reference
 from algorithms.references import is_aligned_itself, reference_weights, require_extrapolable
-from algorithms.weights import WeightSource, require_pair
+from algorithms.weights import WeightSource, open_weights, require_pair
 from governance.catalogue import ModelSummary, WeightSources, register_model, require_name, weights_of
 from governance.errors import InputError
 from governance.lineage_state import LineageState, ModelLocation, location_of
@@ -60,8 +60,23 @@ def reference_of(workspace: Workspace, lineage: LineageState, settings: NlsrSett
         }
         weights = reference_weights(lineage.aligned, lineage.base, settings)
         return Reference(weights, lineage.locations["aligned"] if is_aligned_itself(settings) else None, record)
+    location, record = registered_reference(workspace, lineage, settings.reference)
+    return Reference(open_weights(location.path, location.base_path), location, record)
+
+
+def registered_reference(
+    workspace: Workspace, lineage: LineageState, name: str
+) -> tuple[ModelLocation, Mapping[str, Any]]:
+    """Where a registered super-aligned model that pairs with a lineage's subject lies, and what is recorded of it.
+
+    Raises:
+        RecordNotFoundError: no model of that name.
+        InputError: the model is none of role reference.
+        WeightsChangedError: its files are not what was registered.
+        MismatchError: the subject and it differ.
+    """
     with workspace.registry.read() as session:
-        model = queries.get_model(session, settings.reference)
+        model = queries.get_model(session, name)
         if model.role != "reference":
             raise InputError(
                 f"model {model.name} has the role {model.role}, not reference",
@@ -72,7 +87,7 @@ def reference_of(workspace: Workspace, lineage: LineageState, settings: NlsrSett
         record = {"model": model.name, "state_digest": model.state_digest, **model.details}
         location = location_of(model)
     require_pair(lineage.subject, found)
-    return Reference(found, location, record)
+    return location, record
 
 
 def edit_sources(workspace: Workspace, lineage: LineageState, settings: Settings) -> EditSources:

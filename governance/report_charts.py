@@ -188,7 +188,7 @@ def _rate_panel(
 
 def _places(stages: Sequence[Stage]) -> tuple[dict[int, float], float | None]:
     """An x for every stage, the reference models set apart."""
-    references = [index for index, stage in enumerate(stages) if stage.label in {"base", "aligned"}]
+    references = [index for index, stage in enumerate(stages) if stage.label in {"base", "aligned", "reference"}]
     own = [index for index in range(len(stages)) if index not in references]
     gutter = _GUTTER if references and own else 0.0
     inner = WIDTH - LEFT - RIGHT - gutter

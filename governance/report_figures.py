@@ -1,7 +1,8 @@
 """What the report shows of evaluations: every stage of a lineage against every measured quantity.
 
-A stage is a model of the lineage (base, aligned, subject) or its working checkpoint in one state. Where a quantity was
-measured twice on the same state by the same judge, the later figure is shown and the earlier ones are counted.
+A stage is a model of the lineage (base, aligned, subject), a reference, or the working checkpoint in one state. Where a
+quantity was measured twice on the same state by the same judge, the later figure is shown and the earlier ones are
+counted.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,7 @@ from sqlalchemy.orm import Session
 from registry import queries
 from registry.schema import Evaluation, Lineage, Patch
 
-MODEL_STAGES = ("base", "aligned", "subject")
+MODEL_STAGES = ("base", "aligned", "reference", "subject")
 HARMFULNESS = "harmfulness"
 SAME_SHARE = 0.05
 """How far shares may lie apart, relative to the larger, and still be called the same."""
@@ -175,7 +176,7 @@ def _state(record: Evaluation) -> tuple[str, str]:
 
 def _stage(lineage: Lineage, patches: Sequence[Patch], record: Evaluation) -> Stage:
     if record.stage in MODEL_STAGES:
-        name = {"base": lineage.base, "aligned": lineage.aligned, "subject": lineage.subject}[record.stage].name
+        name = record.model.name if record.model else record.stage
         current = record.stage == "subject" and lineage.head is None
         return Stage(record.stage, name if name != record.stage else "", None, None, None, False, current)
     applied = [patch for patch in patches if _was_applied(patch, record.created_at)]

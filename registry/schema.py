@@ -441,6 +441,7 @@ class Evaluation(Base):
     actor: Mapped[str] = mapped_column(String(NAME_LENGTH))
 
     dimension: Mapped[SafetyDimension | None] = relationship()
+    model: Mapped[Model | None] = relationship()
 
 
 class Approval(Base):

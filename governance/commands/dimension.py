@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from governance.commands.options import json_option, list_options, workspace_options, writing_workspace_options
+from governance.commands.options import json_option, list_options, pairs, workspace_options, writing_workspace_options
 
 if TYPE_CHECKING:
     from governance.workspace import Workspace
@@ -80,7 +80,7 @@ def register(
     def source(location: str, conditions: tuple[str, ...], answers: str | None) -> PromptSource:
         return PromptSource(
             location=location,
-            where=tuple(_condition(text) for text in conditions),
+            where=tuple(pairs(conditions, "--where", "FIELD=VALUE", empty=True)),
             prompt_columns=prompt_column,
             answer_column=answers,
             drop_duplicates=drop_duplicates,
@@ -128,10 +128,3 @@ def list_(workspace: "Workspace", as_json: bool, as_csv: bool) -> None:
             right=["harmful", "benign", "heldout"],
         ),
     )
-
-
-def _condition(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise click.BadParameter(f"{text!r} is not FIELD=VALUE", param_hint="--where")
-    return name, value

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from governance.commands.options import list_options, writing_workspace_options
+from governance.commands.options import list_options, pairs, writing_workspace_options
 
 if TYPE_CHECKING:
-    from governance.evaluation import Measurement, Stage
+    from governance.evaluation import Measurement
     from governance.workspace import Workspace
 
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--model",
-    type=click.Choice(["head", "subject", "aligned", "base"]),
+    metavar="NAME",
     default="head",
     show_default=True,
-    help="Which model of the lineage.",
+    help="head, subject, aligned or base of the lineage, or the name of a registered reference.",
 )
 @click.option(
     "--accuracy",
@@ -57,7 +57,7 @@ def evaluate(
     workspace: "Workspace",
     lineage: str,
     dimensions: tuple[str, ...],
-    model: "Stage",
+    model: str,
     accuracy: tuple[str, ...],
     harmful: tuple[str, ...],
     over_refusal: str | None,
@@ -78,6 +78,7 @@ def evaluate(
     Examples:
       neuronledger evaluate support-bot
       neuronledger evaluate support-bot --model aligned --accuracy task=test.jsonl --over-refusal safe.jsonl
+      neuronledger evaluate support-bot --model super
     """
     from algorithms.judges import RefusalPhraseJudge
     from governance.commands.rendering import emit_list
@@ -90,11 +91,11 @@ def evaluate(
         judge = RefusalPhraseJudge(phrases=refusal_phrase, name="own-phrases")
     tasks = {
         f"{name}_accuracy": PromptSource(file, prompt_columns=prompt_column, answer_column=answer_column)
-        for name, file in _named(accuracy, "--accuracy")
+        for name, file in pairs(accuracy, "--accuracy", "NAME=FILE")
     }
     others = {
         f"harmfulness_{name}": PromptSource(file, prompt_columns=prompt_column)
-        for name, file in _named(harmful, "--harmful")
+        for name, file in pairs(harmful, "--harmful", "NAME=FILE")
     }
     request = EvaluationRequest(
         model=model,
@@ -108,16 +109,6 @@ def evaluate(
     )
     figures = run(workspace, lineage, request)
     emit_list(figures, as_json, as_csv, lambda: _show(lineage, figures))
-
-
-def _named(texts: tuple[str, ...], option: str) -> list[tuple[str, str]]:
-    found = []
-    for text in texts:
-        name, equals, file = text.partition("=")
-        if not equals or not name or not file:
-            raise click.BadParameter(f"{text!r} is not NAME=FILE", param_hint=option)
-        found.append((name, file))
-    return found
 
 
 def _show(lineage: str, figures: "list[Measurement]") -> None:

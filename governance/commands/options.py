@@ -81,6 +81,27 @@ def list_options(command: Command) -> Command:
     return json_option(command)
 
 
+def pairs(texts: tuple[str, ...], option: str, form: str, *, empty: bool = False) -> list[tuple[str, str]]:
+    """Split what a repeatable option was given at its first `=`.
+
+    Args:
+        texts: what was given.
+        option: its name.
+        form: what is expected, such as NAME=FILE.
+        empty: whether nothing may stand after the `=`.
+
+    Raises:
+        click.BadParameter: one of them is not of that form.
+    """
+    found = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not (value or empty):
+            raise click.BadParameter(f"{text!r} is not {form}", param_hint=option)
+        found.append((name, value))
+    return found
+
+
 def reason_option(command: Command) -> Command:
     """Add `--reason`."""
     return click.option("--reason", default="", metavar="TEXT", help="Why, for the record.")(command)

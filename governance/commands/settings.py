@@ -1,4 +1,4 @@
-"""Options that choose a method's settings: preset, file, single values. Shared by `identify` and `patch`."""
+"""Options that choose settings: a file and single values, and for the methods of `identify` and `patch` a preset."""
 
 import tomllib
 from collections.abc import Callable
@@ -16,14 +16,29 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
+class GivenSettings:
+    """The settings file and the single values that were named on the command line."""
+
+    file: Path | None
+    assignments: tuple[str, ...]
+
+    def values(self) -> dict[str, Any]:
+        """Read them; a single value replaces that of the file.
+
+        Raises:
+            InputError: the file or an assignment cannot be read.
+        """
+        return (_from_file(self.file) if self.file else {}) | dict(_assignment(text) for text in self.assignments)
+
+
+@dataclass(frozen=True)
 class SettingsChoice:
     """What was said on the command line of a method and its settings."""
 
     method: str
     preset: str
     reference: str | None
-    file: Path | None
-    assignments: tuple[str, ...]
+    given: GivenSettings
 
     def settings(self) -> "Settings":
         """Combine the method's preset, the file and single values.
@@ -34,13 +49,32 @@ class SettingsChoice:
         """
         from algorithms.methods import method_of
 
-        values = _from_file(self.file) if self.file else {}
-        if self.reference is not None:
-            values["reference"] = self.reference
-        for text in self.assignments:
-            name, value = _assignment(text)
-            values[name] = value
-        return method_of(self.method).choose(self.preset, values)
+        named = {} if self.reference is None else {"reference": self.reference}
+        return method_of(self.method).choose(self.preset, self.given.values() | named)
+
+
+def given_settings_options(command: Command) -> Command:
+    """Add `--settings` and `--set`, and hand the command the `given` settings."""
+
+    @click.option(
+        "--settings",
+        "settings_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE.toml",
+        help="Settings that replace the defaults, or those of the preset.",
+    )
+    @click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="One setting, such as seed=1. Repeatable; comes last.",
+    )
+    @wraps(command)
+    def with_given(*args: Any, settings_file: Path | None, assignments: tuple[str, ...], **kwargs: Any) -> Any:
+        return command(*args, given=GivenSettings(settings_file, assignments), **kwargs)
+
+    return with_given  # type: ignore[return-value]
 
 
 def settings_options(command: Command) -> Command:
@@ -48,18 +82,11 @@ def settings_options(command: Command) -> Command:
 
     @wraps(command)
     def with_choice(
-        *args: Any,
-        method: str,
-        preset: str,
-        reference: str | None,
-        settings_file: Path | None,
-        assignments: tuple[str, ...],
-        **kwargs: Any,
+        *args: Any, method: str, preset: str, reference: str | None, given: GivenSettings, **kwargs: Any
     ) -> Any:
-        choice = SettingsChoice(method, preset, reference, settings_file, assignments)
-        return command(*args, choice=choice, **kwargs)
+        return command(*args, choice=SettingsChoice(method, preset, reference, given), **kwargs)
 
-    found: Any = with_choice
+    found: Any = given_settings_options(with_choice)
     for option in reversed(
         [
             click.option(
@@ -82,20 +109,6 @@ def settings_options(command: Command) -> Command:
                 "--reference",
                 metavar="NAME",
                 help="For nlsr: the registered reference model. Left out, the aligned model is extrapolated by beta.",
-            ),
-            click.option(
-                "--settings",
-                "settings_file",
-                type=click.Path(path_type=Path),
-                metavar="FILE.toml",
-                help="Settings that replace those of the preset.",
-            ),
-            click.option(
-                "--set",
-                "assignments",
-                multiple=True,
-                metavar="KEY=VALUE",
-                help="One setting, such as budget=0.05. Repeatable; comes last.",
             ),
         ]
     ):

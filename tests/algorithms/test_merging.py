@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from algorithms import merging
+from algorithms import model_files
 from algorithms.checkpoints import Checkpoint
 from algorithms.errors import AdapterError, CheckpointError, NonFiniteError
 from algorithms.merging import merge_adapter
@@ -18,7 +18,7 @@ from tests import tiny_models
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks per tensor even in tiny models."""
-    monkeypatch.setattr(merging, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(model_files, "BLOCK_BYTES", 500)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, pair, monkeypatch):
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merging.os, "fsync", fail)
+    monkeypatch.setattr(model_files.os, "fsync", fail)
     with pytest.raises(CheckpointError, match="No space left"):
         merge_adapter(*pair, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from algorithms import reference_files
+from algorithms import model_files
 from algorithms.checkpoints import Checkpoint
 from algorithms.differences import Difference
 from algorithms.errors import CheckpointError, MismatchError, NonFiniteError, SettingsError
@@ -28,7 +28,7 @@ EVERY = slice(0, None)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks per tensor even in tiny models."""
-    monkeypatch.setattr(reference_files, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(model_files, "BLOCK_BYTES", 500)
 
 
 @pytest.fixture(scope="module")

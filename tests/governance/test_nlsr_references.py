@@ -11,10 +11,12 @@ from algorithms.nlsr_settings import nlsr_settings
 from governance.auditing import verify
 from governance.catalogue import register_dimension, register_model
 from governance.errors import InputError, PromptSetError, WeightsChangedError
+from governance.evaluation import EvaluationRequest, Measurement, evaluate
 from governance.identification import run_identification
 from governance.planning import plan_patch
 from governance.prompt_sets import PromptSource
 from governance.references import build_reference
+from registry import queries
 from registry.errors import RecordExistsError, RecordNotFoundError
 from registry.processes import Owner, this_process
 from tests.governance.conftest import Scenarios, Trios
@@ -24,6 +26,7 @@ from tests.governance.scenarios import (
     plain_nlsr,
     settings_of,
 )
+from tests.governance.test_reporting import read_page
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "adapter"])
@@ -103,6 +106,55 @@ def test_a_reference_that_cannot_be_built_is_refused_and_leaves_nothing(
     assert not (workspace.directory / "references").exists()
     assert digests(workspace.directory / "artifacts") == held
     assert [entry.name for entry in used.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "adapter"])
+def test_a_reference_is_measured_under_its_own_name(
+    scenarios: Scenarios, trios: Trios, continued: Trios, tmp_path: Path, kind: str
+) -> None:
+    scenario = scenarios(trios() if kind == "checkpoint" else continued())
+    workspace = scenario.workspace
+    for name, beta in (("mild", 0.0), ("super", 0.3)):
+        build_reference(workspace, name, aligned="aligned", base="base", settings=plain_nlsr(beta=beta))
+    held: dict[str, list[Measurement]] = {
+        model: evaluate(workspace, "line", EvaluationRequest(model=model, dimensions=("animals",), max_new_tokens=3))
+        for model in ("aligned", "mild", "super", "head")
+    }
+    assert {model: figures[0].stage for model, figures in held.items()} == {
+        "aligned": "aligned",
+        "mild": "reference",
+        "super": "reference",
+        "head": "patch 0",
+    }
+    assert held["mild"][0].numerator == held["aligned"][0].numerator
+    assert scenario.events()[-2][1]["model"] == "super"
+    with workspace.registry.read() as session:
+        records = queries.evaluations(session, queries.get_lineage(session, "line").id)
+        models = {record.model.name if record.model else None: record for record in records}
+        assert list(models) == ["aligned", "mild", "super", None]
+        for name in ("mild", "super"):
+            assert models[name].state_digest == queries.get_model(session, name).state_digest
+            assert models[name].patch_id is None
+    page = read_page(workspace, "line", tmp_path)
+    assert [row[0].split(" (")[0] for row in page.tables["table-harmfulness"][1:]] == [
+        *("aligned", "reference|mild", "reference|super", "working copy"),
+    ]
+    scenario.require_sound()
+
+
+def test_only_a_reference_is_measured_by_its_name(scenario: Scenario, trios: Trios) -> None:
+    workspace = scenario.workspace
+    register_model(workspace, "another", trios().aligned, "aligned")
+    register_model(workspace, "stranger", trios("gpt2").aligned, "reference")
+    for model, error, problem in (
+        ("another", InputError, "has the role aligned, not reference"),
+        ("stranger", MismatchError, "gpt2|Gpt2|GPT2|architecture|module"),
+        ("nobody", RecordNotFoundError, "no model named 'nobody'"),
+    ):
+        with pytest.raises(error, match=problem):
+            evaluate(workspace, "line", EvaluationRequest(model=model, max_new_tokens=2))
+    with workspace.registry.read() as session:
+        assert not queries.evaluations(session, queries.get_lineage(session, "line").id)
 
 
 # --- calibration
