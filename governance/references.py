@@ -60,8 +60,8 @@ def reference_of(workspace: Workspace, lineage: LineageState, settings: NlsrSett
         }
         weights = reference_weights(lineage.aligned, lineage.base, settings)
         return Reference(weights, lineage.locations["aligned"] if is_aligned_itself(settings) else None, record)
-    location, record = registered_reference(workspace, lineage, settings.reference)
-    return Reference(open_weights(location.path, location.base_path), location, record)
+    location, origin = registered_reference(workspace, lineage, settings.reference)
+    return Reference(open_weights(location.path, location.base_path), location, origin)
 
 
 def registered_reference(
