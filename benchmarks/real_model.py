@@ -6,10 +6,10 @@
 Makes (or finds in the cache) an aligned adapter and a subject fine-tuned from it on SST-2 with 10 % unsafe rows,
 registers them with three dimensions, patches one dimension after the other with each preset, and prints harmfulness
 per dimension on held-out prompts, on harmful kinds that nothing was calibrated with, SST-2 accuracy and over-refusal.
-With `--method nlsr` it patches the first dimension for every β by whole neurons, by entries of factors and by random
-neurons, and measures each reference too. A patch that is refused, as when a reference gives no safe answer any more,
-is a result. Every figure comes from `neuronledger evaluate --json`. A lineage whose figures are in the cache is not
-run again.
+With `--method nlsr` it patches the first dimension for every β by whole neurons and by entries of factors, for β 0 by
+random neurons too, and measures each reference. A patch that is refused, as when a reference gives no safe answer any
+more, is a result. Every figure comes from `neuronledger evaluate --json`. A lineage whose figures are in the cache is
+not run again.
 
 Answers are judged by refusal phrases; no prompt and no answer is printed or kept in the results.
 """
@@ -66,8 +66,8 @@ NLSR_RUNS = tuple(
         ("--method", "nlsr", *(part for value in (f"beta={beta:g}", *chosen) for part in ("--set", value))),
         DIMENSIONS[:1],
     )
-    for beta in BETAS
     for form, chosen in NLSR_FORMS.items()
+    for beta in (BETAS if form != "random" else BETAS[:1])
 )
 
 
@@ -119,11 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.once(f"reference {model}", lambda model=model: _reference(commands, prompts, model, place), tell)
     runs = _with_settings(NLSR_RUNS if options.method == "nlsr" else FGSN_RUNS, options.set)
     betas = [beta for beta in BETAS if beta] if options.method == "nlsr" else []
+    for run in runs:
+        results.once(run.name, lambda run=run: _patched(commands, prompts, run, place), tell)
     for beta in betas:
         name = _reference_name(beta)
         results.once(name, lambda beta=beta: _extrapolated(commands, prompts, beta, place), tell)
-    for run in runs:
-        results.once(run.name, lambda run=run: _patched(commands, prompts, run, place), tell)
     _print(results.content, runs, betas)
     if options.json:
         options.json.write_text(json.dumps(_document(options, models, results.content), indent=2) + "\n")
