@@ -21,7 +21,7 @@ from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
 from registry import claims, ledger, queries
 from registry.errors import ArtifactError
-from registry.heads import Head, check_ledger
+from registry.head_lines import check_ledger
 from registry.schema import Lineage, Model, Patch
 
 
@@ -98,15 +98,12 @@ def verify(workspace: Workspace, *, weights: bool = False, lineage: str | None =
     """
     findings: list[Finding] = []
     checked: dict[str, int] = {}
-    with workspace.registry.read() as session:
-        heads = workspace.registry.heads.read()
+    with workspace.registry.read_with_heads() as (session, heads):
         events = list(ledger.events(session))
         findings += [
             Finding("ledger", f"event {violation.sequence}" if violation.sequence else "ledger", violation.problem)
             for violation in check_ledger(heads, events)
         ]
-        if events and not any(isinstance(head, Head) for head in heads):
-            findings.append(Finding("ledger", str(workspace.registry.heads.path), "the exported heads are missing"))
         checked |= {"events": len(events), "exported heads": len(heads)}
         lineages = [queries.get_lineage(session, lineage)] if lineage else list(queries.list_lineages(session))
         findings += _check_artifacts(workspace, session, lineages, checked)

@@ -6,7 +6,7 @@ each writing transaction holds. Readers never wait and cannot write.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,8 +21,9 @@ from registry.artifacts import ArtifactStore
 from registry.claims import protected_error
 from registry.errors import RegistryError
 from registry.failures import claimed_twice, translate
-from registry.heads import Head, HeadFile
-from registry.ledger import APPENDED, append
+from registry.head_lines import Head, Line
+from registry.heads import HeadFile
+from registry.ledger import APPENDED, append, ledger_head
 from registry.schema import SCHEMA_REVISION, LedgerEvent
 
 DEFAULT_URL = "sqlite:///.neuronledger/registry.db"
@@ -94,8 +95,8 @@ class Registry:
         After the commit the ledger's head is appended to the head file, if an event was appended.
 
         Raises:
-            RegistryBusyError: another writer held the registry for longer than ten seconds, or took the patch's
-                sequence number.
+            RegistryBusyError: another writer held the registry or the head file for longer than ten seconds, or took
+                the patch's sequence number.
             NeuronProtectedError: a neuron was claimed a second time.
             RecordExistsError: a name is taken.
             LedgerError: an event was to be changed or removed.
@@ -103,14 +104,14 @@ class Registry:
                 committed, the head file cannot be written.
         """
         engine = self.engine.execution_options(**{_MODE: "write"})
-        with self._translated(), Session(engine, expire_on_commit=False) as session, session.begin():
-            session.connection()
-            yield session
-            if APPENDED in session.info:
-                self.heads.require_writable()
-        if (head := session.info.pop(APPENDED, None)) is not None:
-            count, digest, at = head
-            self.heads.append(Head(count, digest, at))
+        with ExitStack() as until_the_head_is_written:
+            with self._translated(), Session(engine, expire_on_commit=False) as session, session.begin():
+                session.connection()
+                yield session
+                if APPENDED in session.info:
+                    heads = until_the_head_is_written.enter_context(self.heads.held())
+            if (head := session.info.pop(APPENDED, None)) is not None:
+                heads.append(Head(*head))
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -125,6 +126,26 @@ class Registry:
         engine = self.engine.execution_options(**options)
         with self._translated(), Session(engine, autoflush=False) as session:
             yield session
+
+    @contextmanager
+    def read_with_heads(self) -> Iterator[tuple[Session, tuple[Line, ...]]]:
+        """A session as `read` gives it, and the lines of the head file at the state that it sees.
+
+        No commit lies between the two: what the heads lack, a process that died or failed left out, or somebody
+        removed.
+
+        Raises:
+            RegistryError: the database or the head file cannot be read.
+            RegistryBusyError: a writer held the head file for longer than ten seconds.
+        """
+        with self.read() as session:
+            while True:
+                with self.heads.shared() as lines:
+                    count, _ = ledger_head(session)  # from here on the session sees this state
+                if lines is not None or not count or not self.heads.path.exists():
+                    break
+                session.rollback()  # the file was made while we looked, with the first commit
+            yield session, lines or ()
 
     def record(
         self,
@@ -156,16 +177,14 @@ class Registry:
 
         Raises:
             RegistryError: the file cannot be read or written.
+            RegistryBusyError: somebody held the file for longer than ten seconds.
         """
         with self.read() as session:
-            last = session.scalar(select(LedgerEvent).order_by(LedgerEvent.sequence.desc()).limit(1))
-        if last is None:
-            return False
-        known = [head.count for head in self.heads.read() if isinstance(head, Head)]
-        if known and max(known) >= last.sequence:
-            return False
-        self.heads.append(Head(last.sequence, last.hash, last.created_at))
-        return True
+            if ledger_head(session)[0] == 0:
+                return False
+        with self.heads.held() as heads, self.read() as session:
+            last = session.scalars(select(LedgerEvent).order_by(LedgerEvent.sequence.desc()).limit(1)).one()
+            return heads.append(Head(last.sequence, last.hash, last.created_at))
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

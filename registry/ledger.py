@@ -2,8 +2,8 @@
 
 An event's hash is the SHA-256 of the canonical JSON (RFC 8785) of its eight fields, of which `previous_hash` is the
 hash of the event before it, so that no event can be edited, removed or put in without every later hash changing.
-Rewriting the whole chain, or cutting its end off, leaves a consistent chain: `registry.heads` keeps the counts and
-hashes outside the database to name those.
+Rewriting the whole chain, or cutting its end off, leaves a consistent chain: `registry.heads` keeps counts and hashes
+outside the database, and `registry.head_lines` names those by them.
 
 Everything here but `append`, `events` and `ledger_head` is without I/O and works on exported events as well.
 """
