@@ -5,7 +5,7 @@ writer is in at a time and reads what the one before it committed. PostgreSQL ge
 each writing transaction holds. Readers never wait and cannot write.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,14 +21,16 @@ from registry.artifacts import ArtifactStore
 from registry.claims import protected_error
 from registry.errors import RegistryError
 from registry.failures import claimed_twice, translate
-from registry.head_lines import Head, Line
-from registry.heads import HeadFile
+from registry.head_lines import Head, Line, parse_lines
+from registry.heads import HeadFile, Sign
 from registry.ledger import APPENDED, append, ledger_head
 from registry.schema import SCHEMA_REVISION, LedgerEvent
 
 DEFAULT_URL = "sqlite:///.neuronledger/registry.db"
 DEFAULT_DIRECTORY = Path(".neuronledger")
 BUSY_SECONDS = 10
+
+Signer = Callable[[], Sign]
 
 _WRITER_LOCK = 0x4E4C_4544_4745_5221
 _MODE = "neuronledger_mode"
@@ -41,6 +43,7 @@ class Registry:
     Attributes:
         url: the database URL, without its password.
         directory: where artifacts and ledger heads lie.
+        signer: called before a commit for what signs its head; heads are not signed if there is none.
     """
 
     url: str
@@ -48,15 +51,24 @@ class Registry:
     directory: Path
     store: ArtifactStore
     heads: HeadFile
+    signer: Signer | None = None
 
     @classmethod
-    def open(cls, url: str = DEFAULT_URL, *, create: bool = False, directory: Path | None = None) -> "Registry":
+    def open(
+        cls,
+        url: str = DEFAULT_URL,
+        *,
+        create: bool = False,
+        directory: Path | None = None,
+        signer: Signer | None = None,
+    ) -> "Registry":
         """Open a registry of this code's schema.
 
         Args:
             url: `sqlite:///PATH`, `postgresql://…` or `postgresql+psycopg://…`.
             create: make the registry, or bring an older one to this code's schema, first.
             directory: where artifacts and ledger heads lie; beside the SQLite file, or `.neuronledger`, if left out.
+            signer: gives what signs the heads, or raises, so that nothing is committed.
 
         Raises:
             RegistryError: missing, not reachable, not writable, of an older or of a newer schema, or not a usable URL.
@@ -69,7 +81,8 @@ class Registry:
         elif address.database and _is_sqlite(address) and not Path(address.database).is_file():
             raise RegistryError(f"there is no registry at {address.database}", "Run `neuronledger init`")
         engine = _engine(address)
-        registry = cls(_shown(address), engine, directory, ArtifactStore(directory / "artifacts"), HeadFile(heads))
+        store = ArtifactStore(directory / "artifacts")
+        registry = cls(_shown(address), engine, directory, store, HeadFile(heads), signer)
         try:
             with registry.read() as session:
                 _require_schema(_revision(session.connection()), registry.url)
@@ -109,9 +122,10 @@ class Registry:
                 session.connection()
                 yield session
                 if APPENDED in session.info:
+                    sign = self.signer() if self.signer is not None else None
                     heads = until_the_head_is_written.enter_context(self.heads.held())
             if (head := session.info.pop(APPENDED, None)) is not None:
-                heads.append(Head(*head))
+                heads.append(Head(*head), sign)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -140,12 +154,12 @@ class Registry:
         """
         with self.read() as session:
             while True:
-                with self.heads.shared() as lines:
+                with self.heads.shared() as content:
                     count, _ = ledger_head(session)  # from here on the session sees this state
-                if lines is not None or not count or not self.heads.path.exists():
+                if content is not None or not count or not self.heads.path.exists():
                     break
                 session.rollback()  # the file was made while we looked, with the first commit
-            yield session, lines or ()
+            yield session, parse_lines(content or b"")
 
     def record(
         self,
@@ -184,7 +198,10 @@ class Registry:
                 return False
         with self.heads.held() as heads, self.read() as session:
             last = session.scalars(select(LedgerEvent).order_by(LedgerEvent.sequence.desc()).limit(1)).one()
-            return heads.append(Head(last.sequence, last.hash, last.created_at))
+            return heads.append(Head(last.sequence, last.hash, last.created_at), self._sign_if_missing)
+
+    def _sign_if_missing(self, head: Head) -> Head:
+        return head if self.signer is None else self.signer()(head)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 from registry.ledger import EventFields, Violation, check_chain
 
-_COUNT = rb"[1-9][0-9]{0,14}"
 _LINE = re.compile(
-    rb'\{"after":(?P<after>0|%b),"at":"(?P<at>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z)","count":(?P<count>%b),'
-    rb'"hash":"(?P<hash>[0-9a-f]{64})"(?:,"key":"(?P<key>[0-9a-f]{64})","signature":"(?P<signature>[0-9a-f]{128})")?\}'
-    % (_COUNT, _COUNT)
+    r'\{"after":(0|[1-9][0-9]{0,14}),'
+    r'"at":"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z)",'
+    r'"count":([1-9][0-9]{0,14}),'
+    r'"hash":"([0-9a-f]{64})"'
+    r'(?:,"key":"([0-9a-f]{64})","signature":"([0-9a-f]{128})")?\}'
 )
 """A canonical line has exactly one form, so that there is no byte of it that could be changed unseen."""
 
@@ -79,14 +80,12 @@ def parse_lines(content: bytes) -> tuple[Line, ...]:
 
 def parse_line(line: bytes) -> Line:
     """One line, without its end."""
-    found = _LINE.fullmatch(line)
+    found = _LINE.fullmatch(line.decode("latin-1"))  # any byte is one character, and those of a head are ASCII
     if found is None:
         old = _OLD_LINE.fullmatch(line) is not None
         return MalformedHead(_shown(line), "is a head of an earlier version" if old else "is not a head")
-    text = {name: value.decode("ascii") for name, value in found.groupdict().items() if value is not None}
-    return Head(
-        int(text["count"]), text["hash"], text["at"], int(text["after"]), text.get("key"), text.get("signature")
-    )
+    after, at, count, digest, key, signature = found.groups()
+    return Head(int(count), digest, at, int(after), key, signature)
 
 
 def check_ledger(lines: Sequence[Line], events: Iterable[EventFields], *, whole: bool = True) -> Iterator[Violation]:

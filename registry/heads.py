@@ -21,7 +21,7 @@ from registry.files import sync_directory, write_all
 from registry.head_lines import Head, Line, parse_line, parse_lines
 
 Sign = Callable[[Head], Head]
-"""Signs a head whose line is settled."""
+"""Makes a signed line of a head whose `after` is settled."""
 
 _CHUNK = 4096
 
@@ -53,8 +53,8 @@ class HeadFile:
             os.close(descriptor)
 
     @contextmanager
-    def shared(self) -> Iterator[tuple[Line, ...] | None]:
-        """All lines, or None if there is no file. While this lasts no commit can come that has a head.
+    def shared(self) -> Iterator[bytes | None]:
+        """The file's content, or None if there is no file. While this lasts no commit can come that has a head.
 
         Raises:
             RegistryError: the file is there but cannot be read or locked.
@@ -73,7 +73,7 @@ class HeadFile:
                     content = b"".join(iter(lambda: os.read(descriptor, 1 << 20), b""))
                 except OSError as error:
                     raise self._unusable("read", error) from error
-                yield parse_lines(content)
+                yield content
         finally:
             os.close(descriptor)
 
@@ -84,8 +84,8 @@ class HeadFile:
             RegistryError: the file is there but cannot be read or locked.
             RegistryBusyError: a writer held it for longer than ten seconds.
         """
-        with self.shared() as lines:
-            return lines or ()
+        with self.shared() as content:
+            return parse_lines(content or b"")
 
     @contextmanager
     def _lock(self, descriptor: int, *, shared: bool = False) -> Iterator[None]:

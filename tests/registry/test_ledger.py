@@ -53,6 +53,30 @@ def test_what_is_not_canonical_is_recognised(payload: str) -> None:
     assert not is_canonical(payload)
 
 
+def _number_of_json(text: str) -> int | float:
+    """What RFC 8785 takes an integer for: a double, beyond what a double holds exactly."""
+    return int(text) if abs(int(text)) < 2**53 else float(text)
+
+
+@given(payload=payloads, data=st.data())
+def test_the_fast_way_to_recognise_what_is_canonical_agrees_with_rfc_8785(
+    payload: dict[str, Any], data: st.DataObject
+) -> None:
+    number = data.draw(st.floats(allow_nan=False, allow_infinity=False) | st.integers())
+    form = data.draw(st.sampled_from(["{!r}", "{:f}", "{:e}", "{:g}", "{:.3f}"]))
+    for written in (
+        json.dumps(
+            payload | {"n": number}, ensure_ascii=data.draw(st.booleans()), sort_keys=True, separators=(",", ":")
+        ),
+        canonical(payload).decode()[:-1] + ("," if payload else "") + '"\uffff":' + form.format(number) + "}",
+    ):
+        try:
+            expected = rfc8785.dumps(json.loads(written, parse_int=_number_of_json)) == written.encode()
+        except (rfc8785.CanonicalizationError, OverflowError):
+            expected = False
+        assert is_canonical(written) == expected
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**53, "\ud800", {1: 2}, {3, 4}, b"x"])
 def test_a_payload_without_a_canonical_form_is_refused(value: Any) -> None:
     with pytest.raises(LedgerError, match="payload"):
