@@ -22,6 +22,7 @@ _COMMANDS = {
     "patch": "governance.commands.patch",
     "evaluate": "governance.commands.evaluate",
     "audit": "governance.commands.audit",
+    "keys": "governance.commands.keys",
     "recover": "governance.commands.recover",
     "demo": "governance.commands.demo",
 }

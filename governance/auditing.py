@@ -3,7 +3,7 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from algorithms.adapters import ADAPTER_CONFIG
+from governance.ledger_proof import check_proof, read_evidence
 from governance.lineage_state import Recorded, recorded_state
 from governance.patch_artifact import PatchArtifact, open_artifact
 from governance.provenance import origin_digest
@@ -21,8 +22,8 @@ from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
 from registry import claims, ledger, queries
 from registry.errors import ArtifactError
-from registry.heads import Head, check_ledger
 from registry.schema import Lineage, Model, Patch
+from registry.signatures import SignedBy
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of `audit verify`: how many of each were checked, what was not, and every finding."""
+    """The outcome of `audit verify`: how many of each were checked, what was not, and every finding.
+
+    Attributes:
+        signed_by: what each key has signed of the exported heads.
+        unsigned_from: the first event that no signature covers; None if there is no such event.
+    """
 
     checked: dict[str, int]
     not_checked: tuple[str, ...]
     findings: tuple[Finding, ...]
+    signed_by: tuple[SignedBy, ...] = ()
+    unsigned_from: int | None = None
 
     @property
     def verified(self) -> bool:
@@ -85,29 +93,36 @@ def audit_log(
         ]
 
 
-def verify(workspace: Workspace, *, weights: bool = False, lineage: str | None = None) -> Verification:
+def verify(
+    workspace: Workspace,
+    *,
+    weights: bool = False,
+    lineage: str | None = None,
+    public_keys: Sequence[Path] = (),
+    kept_heads: Path | None = None,
+) -> Verification:
     """Check the ledger against its exported heads, artifacts against digests, claims against artifacts, and files.
 
     Args:
         workspace: the registry.
         weights: hash every file of models and working checkpoints, and every tensor of the latter.
         lineage: check the records of this lineage only; the ledger is always checked whole.
+        public_keys: files of the keys that may sign heads; if there are none, any may.
+        kept_heads: a copy of the exported heads, or of some of them, that was kept elsewhere.
 
     Raises:
         RecordNotFoundError: no lineage of that name.
+        KeyFileError: a file holds no public key.
+        InputError: the kept heads cannot be read.
     """
+    evidence = read_evidence(public_keys, kept_heads)
     findings: list[Finding] = []
     checked: dict[str, int] = {}
-    with workspace.registry.read() as session:
-        heads = workspace.registry.heads.read()
+    with workspace.registry.read_with_heads() as (session, heads):
         events = list(ledger.events(session))
-        findings += [
-            Finding("ledger", f"event {violation.sequence}" if violation.sequence else "ledger", violation.problem)
-            for violation in check_ledger(heads, events)
-        ]
-        if events and not any(isinstance(head, Head) for head in heads):
-            findings.append(Finding("ledger", str(workspace.registry.heads.path), "the exported heads are missing"))
-        checked |= {"events": len(events), "exported heads": len(heads)}
+        proof = check_proof(events, heads, evidence)
+        findings += [Finding("ledger", subject, problem) for subject, problem in proof.problems]
+        checked |= proof.checked
         lineages = [queries.get_lineage(session, lineage)] if lineage else list(queries.list_lineages(session))
         findings += _check_artifacts(workspace, session, lineages, checked)
         for record in lineages:
@@ -123,7 +138,8 @@ def verify(workspace: Workspace, *, weights: bool = False, lineage: str | None =
             findings += _check_registration(model, events)
         checked["models"] = len(models)
     not_checked = [] if weights else ["file contents whose size and time are as recorded (pass --weights)"]
-    return Verification(checked, tuple(not_checked), tuple(findings))
+    not_checked += proof.not_checked
+    return Verification(checked, tuple(not_checked), tuple(findings), proof.signed_by, proof.unsigned_from)
 
 
 def _models(session: Session, lineages: list[Lineage] | None) -> list[Model]:

@@ -37,10 +37,15 @@ class RecoveryAction:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What recovery did, and what it could not do."""
+    """What recovery did, and what it could not do.
+
+    Attributes:
+        heads_completed: whether the ledger's head was missing from the head file.
+    """
 
     actions: tuple[RecoveryAction, ...]
     failures: tuple[NeuronLedgerError | OSError, ...]
+    heads_completed: bool
 
 
 def recover(workspace: Workspace, *, foreign: bool = False) -> list[RecoveryAction]:
@@ -76,8 +81,8 @@ def recover_what_can_be(workspace: Workspace, *, foreign: bool = False) -> Recov
         if action is not None:
             actions.append(action)
     workspace.store.remove_abandoned()
-    workspace.registry.complete_heads()
-    return Recovery(tuple(actions), tuple(failures))
+    completed = workspace.registry.complete_heads()
+    return Recovery(tuple(actions), tuple(failures), completed)
 
 
 def undo_apply(workspace: Workspace, patch_id: int, failure: str, token: str) -> None:

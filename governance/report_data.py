@@ -3,7 +3,6 @@
 Nothing here is computed anew but shares and sums: what was not recorded is None or empty, and the page says so.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
@@ -33,7 +32,7 @@ from governance.report_records import (
 )
 from governance.workspace import Workspace
 from registry import ledger, queries
-from registry.heads import Head, MalformedHead
+from registry.head_lines import Head, Line, MalformedHead
 from registry.schema import Identification, Lineage, Model, Patch, PatchModule, PromptSet
 
 EVENTS_SHOWN = 15
@@ -253,7 +252,7 @@ def _source(record: PromptSet) -> str:
     return "/".join(path.parts[-2:]) if path.is_absolute() else record.source
 
 
-def _ledger(events: Sequence[ledger.Event], heads: Sequence[Head | MalformedHead]) -> LedgerRecord:
+def _ledger(events: Sequence[ledger.Event], heads: Sequence[Line]) -> LedgerRecord:
     last = events[-1] if events else None
     head = heads[-1] if heads else None
     return LedgerRecord(
@@ -266,10 +265,8 @@ def _ledger(events: Sequence[ledger.Event], heads: Sequence[Head | MalformedHead
     )
 
 
-def _head_line(head: Head | MalformedHead) -> str:
-    if isinstance(head, MalformedHead):
-        return head.text
-    return json.dumps({"at": head.at, "count": head.count, "hash": head.hash}, separators=(",", ":"), sort_keys=True)
+def _head_line(head: Line) -> str:
+    return head.text if isinstance(head, MalformedHead) else head.line()
 
 
 _FACTS = ("patch", "dimension", "model", "attempted", "neurons_selected", "neurons_modified", "neurons_released")

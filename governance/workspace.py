@@ -16,6 +16,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from governance.errors import InputError
+from governance.signing_keys import environment_signer
 from neuronledger import NeuronLedgerError
 from registry import ledger
 from registry.artifacts import ArtifactStore
@@ -108,12 +109,13 @@ class Workspace:
 
 
 def open_workspace(database: str, actor: str, progress: Progress = no_progress) -> Workspace:
-    """Open an existing registry.
+    """Open an existing registry. Its heads are signed if `$NEURONLEDGER_SIGNING_KEY` names a key.
 
     Raises:
         RegistryError: there is none, its schema is newer or older than this version, or it cannot be written.
     """
-    return Workspace(registry=Registry.open(database), actor=actor, progress=progress)
+    registry = Registry.open(database, signer=environment_signer())
+    return Workspace(registry=registry, actor=actor, progress=progress)
 
 
 @dataclass(frozen=True)

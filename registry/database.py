@@ -5,8 +5,8 @@ writer is in at a time and reads what the one before it committed. PostgreSQL ge
 each writing transaction holds. Readers never wait and cannot write.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,13 +21,16 @@ from registry.artifacts import ArtifactStore
 from registry.claims import protected_error
 from registry.errors import RegistryError
 from registry.failures import claimed_twice, translate
-from registry.heads import Head, HeadFile
-from registry.ledger import APPENDED, append
+from registry.head_lines import Head, Line, parse_lines
+from registry.heads import HeadFile, Sign
+from registry.ledger import APPENDED, append, ledger_head
 from registry.schema import SCHEMA_REVISION, LedgerEvent
 
 DEFAULT_URL = "sqlite:///.neuronledger/registry.db"
 DEFAULT_DIRECTORY = Path(".neuronledger")
 BUSY_SECONDS = 10
+
+Signer = Callable[[], Sign]
 
 _WRITER_LOCK = 0x4E4C_4544_4745_5221
 _MODE = "neuronledger_mode"
@@ -40,6 +43,7 @@ class Registry:
     Attributes:
         url: the database URL, without its password.
         directory: where artifacts and ledger heads lie.
+        signer: called before a commit for what signs its head; heads are not signed if there is none.
     """
 
     url: str
@@ -47,15 +51,24 @@ class Registry:
     directory: Path
     store: ArtifactStore
     heads: HeadFile
+    signer: Signer | None = None
 
     @classmethod
-    def open(cls, url: str = DEFAULT_URL, *, create: bool = False, directory: Path | None = None) -> "Registry":
+    def open(
+        cls,
+        url: str = DEFAULT_URL,
+        *,
+        create: bool = False,
+        directory: Path | None = None,
+        signer: Signer | None = None,
+    ) -> "Registry":
         """Open a registry of this code's schema.
 
         Args:
             url: `sqlite:///PATH`, `postgresql://…` or `postgresql+psycopg://…`.
             create: make the registry, or bring an older one to this code's schema, first.
             directory: where artifacts and ledger heads lie; beside the SQLite file, or `.neuronledger`, if left out.
+            signer: gives what signs the heads, or raises, so that nothing is committed.
 
         Raises:
             RegistryError: missing, not reachable, not writable, of an older or of a newer schema, or not a usable URL.
@@ -68,7 +81,8 @@ class Registry:
         elif address.database and _is_sqlite(address) and not Path(address.database).is_file():
             raise RegistryError(f"there is no registry at {address.database}", "Run `neuronledger init`")
         engine = _engine(address)
-        registry = cls(_shown(address), engine, directory, ArtifactStore(directory / "artifacts"), HeadFile(heads))
+        store = ArtifactStore(directory / "artifacts")
+        registry = cls(_shown(address), engine, directory, store, HeadFile(heads), signer)
         try:
             with registry.read() as session:
                 _require_schema(_revision(session.connection()), registry.url)
@@ -94,8 +108,8 @@ class Registry:
         After the commit the ledger's head is appended to the head file, if an event was appended.
 
         Raises:
-            RegistryBusyError: another writer held the registry for longer than ten seconds, or took the patch's
-                sequence number.
+            RegistryBusyError: another writer held the registry or the head file for longer than ten seconds, or took
+                the patch's sequence number.
             NeuronProtectedError: a neuron was claimed a second time.
             RecordExistsError: a name is taken.
             LedgerError: an event was to be changed or removed.
@@ -103,14 +117,15 @@ class Registry:
                 committed, the head file cannot be written.
         """
         engine = self.engine.execution_options(**{_MODE: "write"})
-        with self._translated(), Session(engine, expire_on_commit=False) as session, session.begin():
-            session.connection()
-            yield session
-            if APPENDED in session.info:
-                self.heads.require_writable()
-        if (head := session.info.pop(APPENDED, None)) is not None:
-            count, digest, at = head
-            self.heads.append(Head(count, digest, at))
+        with ExitStack() as until_the_head_is_written:
+            with self._translated(), Session(engine, expire_on_commit=False) as session, session.begin():
+                session.connection()
+                yield session
+                if APPENDED in session.info:
+                    sign = self.signer() if self.signer is not None else None
+                    heads = until_the_head_is_written.enter_context(self.heads.held())
+            if (head := session.info.pop(APPENDED, None)) is not None:
+                heads.append(Head(*head), sign)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -125,6 +140,26 @@ class Registry:
         engine = self.engine.execution_options(**options)
         with self._translated(), Session(engine, autoflush=False) as session:
             yield session
+
+    @contextmanager
+    def read_with_heads(self) -> Iterator[tuple[Session, tuple[Line, ...]]]:
+        """A session as `read` gives it, and the lines of the head file at the state that it sees.
+
+        No commit lies between the two: what the heads lack, a process that died or failed left out, or somebody
+        removed.
+
+        Raises:
+            RegistryError: the database or the head file cannot be read.
+            RegistryBusyError: a writer held the head file for longer than ten seconds.
+        """
+        with self.read() as session:
+            while True:
+                with self.heads.shared() as content:
+                    count, _ = ledger_head(session)  # from here on the session sees this state
+                if content is not None or not count or not self.heads.path.exists():
+                    break
+                session.rollback()  # the file was made while we looked, with the first commit
+            yield session, parse_lines(content or b"")
 
     def record(
         self,
@@ -156,16 +191,17 @@ class Registry:
 
         Raises:
             RegistryError: the file cannot be read or written.
+            RegistryBusyError: somebody held the file for longer than ten seconds.
         """
         with self.read() as session:
-            last = session.scalar(select(LedgerEvent).order_by(LedgerEvent.sequence.desc()).limit(1))
-        if last is None:
-            return False
-        known = [head.count for head in self.heads.read() if isinstance(head, Head)]
-        if known and max(known) >= last.sequence:
-            return False
-        self.heads.append(Head(last.sequence, last.hash, last.created_at))
-        return True
+            if ledger_head(session)[0] == 0:
+                return False
+        with self.heads.held() as heads, self.read() as session:
+            last = session.scalars(select(LedgerEvent).order_by(LedgerEvent.sequence.desc()).limit(1)).one()
+            return heads.append(Head(last.sequence, last.hash, last.created_at), self._sign_if_missing)
+
+    def _sign_if_missing(self, head: Head) -> Head:
+        return head if self.signer is None else self.signer()(head)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -53,3 +53,11 @@ class ArtifactError(NeuronLedgerError):
 
 class ArtifactStoreError(NeuronLedgerError):
     """The artifact store cannot be written: no permission, or no space."""
+
+
+class KeyFileError(NeuronLedgerError):
+    """A key file is missing, is no key, or may be read by others."""
+
+
+class PassphraseError(NeuronLedgerError):
+    """A private key's passphrase is missing or wrong."""

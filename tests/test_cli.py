@@ -153,6 +153,7 @@ LIST_ARGUMENTS: dict[tuple[str, ...], list[str]] = {
     ("lineage", "list"): [],
     ("patch", "list"): ["line"],
     ("audit", "log"): [],
+    ("audit", "heads"): [],
     ("evaluate",): ["line", "--max-new-tokens", "2", "--dimension", "animals"],
 }
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from governance.commands.audit_heads import heads, sign, signature_lines
 from governance.commands.options import json_option, list_options, workspace_options
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 @click.group(short_help="Read the ledger, verify it, explain and rebuild the weights, write the report.")
 def audit() -> None:
     """Read the ledger, verify record, artifacts and weights, explain and rebuild the weights, write the report."""
+
+
+audit.add_command(heads)
+audit.add_command(sign)
 
 
 @audit.command("log")
@@ -69,25 +74,50 @@ def log(
 @click.option(
     "--lineage", metavar="NAME", help="Records and weights of this lineage only; the ledger is checked whole."
 )
+@click.option(
+    "--public-key",
+    "public_keys",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A key that may sign heads: a signature by any other is a finding. Repeatable.",
+)
+@click.option(
+    "--heads",
+    "kept_heads",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also check against this copy of the exported heads, or of some of them, that was kept elsewhere.",
+)
 @json_option
 @workspace_options
-def verify(workspace: "Workspace", weights: bool, lineage: str | None, as_json: bool) -> None:
+def verify(
+    workspace: "Workspace",
+    weights: bool,
+    lineage: str | None,
+    public_keys: tuple[Path, ...],
+    kept_heads: Path | None,
+    as_json: bool,
+) -> None:
     """Check that ledger, exported heads, records, artifacts, claims and weights agree. Exits with 1 if not.
 
     \b
     Examples:
       neuronledger audit verify
       neuronledger audit verify --weights --lineage support-bot
+      neuronledger audit verify --heads kept/ledger-heads.jsonl --public-key auditor.pub
     """
     from governance.auditing import verify as run
     from governance.commands.rendering import emit
 
-    outcome = run(workspace, weights=weights, lineage=lineage)
+    outcome = run(workspace, weights=weights, lineage=lineage, public_keys=public_keys, kept_heads=kept_heads)
 
     def people() -> None:
         for finding in outcome.findings:
             click.echo(f"FAILED {finding.check}: {finding.subject}: {finding.problem}", err=True)
         click.echo("Checked " + ", ".join(f"{count:,} {what}" for what, count in outcome.checked.items()) + ".")
+        for line in signature_lines(outcome.signed_by, outcome.unsigned_from):
+            click.echo(line)
         for skipped in outcome.not_checked:
             click.echo(f"Not checked: {skipped}.")
         if outcome.verified:
@@ -96,6 +126,7 @@ def verify(workspace: "Workspace", weights: bool, lineage: str | None, as_json: 
             click.echo(f"{len(outcome.findings)} findings: the record does not stand.", err=True)
 
     content = {"verified": outcome.verified, "checked": outcome.checked, "not_checked": outcome.not_checked}
+    content |= {"signed_by": outcome.signed_by, "unsigned_from": outcome.unsigned_from}
     emit({**content, "findings": outcome.findings}, as_json, people)
     if not outcome.verified:
         raise SystemExit(1)

@@ -17,7 +17,7 @@ from governance.recovery import recover
 from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
 from registry.database import Registry
-from registry.heads import check_ledger
+from registry.head_lines import check_ledger
 from registry.ledger import events
 from tests.governance.conftest import Scenarios, Trios
 from tests.governance.faults import Fault, Kind, struck_by

@@ -139,7 +139,7 @@ def test_an_export_that_cannot_be_recorded_is_not_made(
     def refuse(_: HeadFile) -> None:
         raise RegistryError("the head file cannot be written", "mend it")
 
-    monkeypatch.setattr(HeadFile, "require_writable", refuse)
+    monkeypatch.setattr(HeadFile, "held", refuse)
     with pytest.raises(RegistryError, match="head file"):
         export_patch(scenario.workspace, "line", 1, tmp_path / "x.patch")
     assert not (tmp_path / "x.patch").exists()

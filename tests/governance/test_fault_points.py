@@ -24,7 +24,7 @@ from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
 from registry import queries
 from registry.database import Registry
-from registry.heads import Head
+from registry.head_lines import Head
 from registry.schema import LedgerEvent, LineageLock
 from tests.databases import Databases
 from tests.fault_tally import Tally

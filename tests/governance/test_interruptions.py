@@ -18,7 +18,7 @@ from governance.patching import apply_patch
 from governance.planning import dry_run, plan_patch
 from governance.recovery import RecoveryAction, recover
 from registry.errors import NeuronProtectedError, RegistryError
-from registry.heads import HeadFile
+from registry.heads import HeldHeads
 from tests.governance.faults import Effect, Fault, Kind, flip_byte, killed, struck_by
 from tests.governance.scenarios import Scenario, digests
 
@@ -258,20 +258,23 @@ def test_a_committed_patch_stays_when_only_the_head_file_fails(
     scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = scenario.plan("animals")
-    appended = HeadFile.append
+    appended = HeldHeads.append
     calls: list[int] = []
 
-    def failing(self: HeadFile, head: Any) -> None:
+    def failing(self: HeldHeads, *arguments: Any) -> bool:
         calls.append(1)
         if len(calls) == 2:
             raise RegistryError("the change is recorded, but the head file cannot be written", "make it writable")
-        appended(self, head)
+        return appended(self, *arguments)
 
-    monkeypatch.setattr(HeadFile, "append", failing)
+    monkeypatch.setattr(HeldHeads, "append", failing)
     with pytest.raises(RegistryError, match="the change is recorded"):
         apply_patch(scenario.workspace, plan)
     assert scenario.states() == ["applied"]
     assert {module: set(rows) for module, rows in scenario.claims().items()} == scenario.artifact_rows(1)
+    (finding,) = verify(scenario.workspace, weights=True).findings
+    assert "`neuronledger recover` completes it" in finding.problem
+    recover(scenario.workspace)
     scenario.require_sound()
 
 

@@ -24,6 +24,7 @@ from governance.report_figures import Control, Figure, FigureTable, Quantity, St
 from governance.reporting import write_report
 from governance.workspace import Workspace
 from registry.errors import RecordNotFoundError
+from registry.head_lines import Head
 from tests.governance.scenarios import Scenario, settings_of
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "rect", "circle", "line", "path"}
@@ -255,8 +256,10 @@ def test_ledger_proof_is_that_of_the_registry(patched: Scenario, page: Page) -> 
 
 
 def test_broken_ledger_is_shown_as_not_verified(patched: Scenario, tmp_path: Path) -> None:
+    last = patched.workspace.registry.heads.path.read_text(encoding="utf-8").splitlines()[-1]
     with patched.workspace.registry.heads.path.open("a", encoding="utf-8") as heads:
-        heads.write('{"at":"2030-01-01T00:00:00.000000Z","count":9999,"hash":"' + "0" * 64 + '"}\n')
+        after = json.loads(last)["count"]
+        heads.write(Head(9999, "0" * 64, "2030-01-01T00:00:00.000000Z", after).line() + "\n")
     found = read_page(patched.workspace, "line", tmp_path)
     assert "not verified: 1 finding" in found.text
     assert "its end is cut off" in found.text

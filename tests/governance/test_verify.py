@@ -21,7 +21,7 @@ from governance.weight_state import measure_tensors, tree_state
 from governance.workspace import Workspace
 from registry import ledger, queries
 from registry.database import Registry
-from registry.heads import check_ledger
+from registry.head_lines import check_ledger
 from registry.schema import LedgerEvent
 from tests.governance.conftest import Trios
 from tests.governance.faults import Fault, flip_byte, struck_by
@@ -218,6 +218,35 @@ def test_missing_and_damaged_ledger_heads_are_found(patched: Scenario) -> None:
     _require_found(patched, "is not a head")
     path.unlink()
     _require_found(patched, "exported heads are missing")
+
+
+@pytest.mark.parametrize("place", [0, 3, -1], ids=["first", "inner", "last"])
+def test_a_line_removed_from_the_exported_heads_is_found(patched: Scenario, place: int) -> None:
+    path = patched.workspace.registry.heads.path
+    lines = path.read_text().splitlines(keepends=True)
+    removed = json.loads(lines.pop(place))
+    path.write_text("".join(lines))
+    named = "lines were removed" if place == -1 else f"comes after the head of event {removed['count']}"
+    _require_found(patched, named)
+
+
+def test_exported_heads_in_another_order_are_found(patched: Scenario) -> None:
+    path = patched.workspace.registry.heads.path
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], lines[3], lines[2], *lines[4:]]))
+    _require_found(patched, "line 4 of the ledger head file", "out of order")
+
+
+def test_what_a_process_did_not_live_to_append_is_found_and_completed_by_recover(patched: Scenario) -> None:
+    path = patched.workspace.registry.heads.path
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex(b"{")])
+    _require_found(patched, "`neuronledger recover` completes it")
+    done = CliRunner().invoke(main, ["recover", "--database", patched.workspace.registry.url])
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "Completed the exported heads" in done.stderr
+    assert path.read_bytes() == whole
+    _require_sound(patched)
 
 
 EDITED_PATCHES = {

@@ -20,7 +20,7 @@ from registry.claims import (
 )
 from registry.database import Registry
 from registry.errors import ClaimError, NeuronProtectedError, RegistryBusyError
-from registry.heads import check_ledger
+from registry.head_lines import check_ledger
 from registry.ledger import events
 from registry.queries import applied_patches, module_ids, next_sequence
 from registry.schema import Patch, ProtectedDirection
