@@ -5,6 +5,8 @@ one; a lecture that ends in help counts as refused. Its figures are comparable w
 so name, version and phrases belong into the record of every evaluation.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -57,6 +59,10 @@ class Judge(Protocol):
     def version(self) -> str:
         """Changes whenever the same answer could be judged differently."""
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what it judges by, so that two that share a name can be told apart."""
+
     def refused(self, answer: str) -> bool:
         """Whether the answer is a refusal."""
 
@@ -86,6 +92,11 @@ class RefusalPhraseJudge:
             raise SettingsError(f"The judge {self.name} has no refusal phrases", "Give at least one phrase")
         if any(not phrase.strip() for phrase in self.phrases):
             raise SettingsError(f"A refusal phrase of the judge {self.name} is blank", "Remove it")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the phrases as a JSON list."""
+        return hashlib.sha256(json.dumps(self.phrases, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
     def refused(self, answer: str) -> bool:
         """Whether one of the phrases stands in the answer."""

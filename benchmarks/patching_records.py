@@ -13,7 +13,7 @@ from algorithms.layers import LayerScore
 from algorithms.settings import FgsnSettings, fgsn_settings
 from algorithms.weights import CheckpointWeights, open_weights
 from governance.catalogue import register_dimension
-from governance.identification import settings_digest
+from governance.identification import record_event, settings_digest
 from governance.prompt_sets import PromptSource
 from governance.workspace import Workspace
 from registry import queries
@@ -83,6 +83,7 @@ def record_identification(workspace: Workspace, layout: str, operation: str, see
     with workspace.registry.write() as session:
         session.add(record)
         session.flush()
+        record_event(workspace, session, record)
         return record.id
 
 

@@ -1,29 +1,38 @@
 """Auditing: what was recorded, and whether record, artifacts, claims and weights still agree."""
 
-import hashlib
-import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from algorithms.adapters import ADAPTER_CONFIG
 from governance.ledger_proof import check_proof, read_evidence
 from governance.lineage_state import Recorded, recorded_state
 from governance.patch_artifact import PatchArtifact, open_artifact
-from governance.provenance import origin_digest
+from governance.record_checks import (
+    Disagreement,
+    RecordCheck,
+    check_records,
+    check_registration,
+    check_states,
+    event_payload,
+)
 from governance.weight_state import changed_file, changed_files
 from governance.working_files import measure_working
 from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
 from registry import claims, ledger, queries
 from registry.errors import ArtifactError
-from registry.schema import Lineage, Model, Patch
+from registry.record_digests import Word, records_of_lineage
+from registry.schema import Identification, Lineage, Model, Patch, PromptSet
 from registry.signatures import SignedBy
+
+Chosen = TypeVar("Chosen", Lineage, Model, Patch, Identification, PromptSet)
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ def audit_log(
                 action=event.action,
                 subject_kind=event.subject_kind,
                 subject_name=event.subject_name,
-                payload=_payload(event),
+                payload=event_payload(event),
                 hash=event.hash,
             )
             for event in ledger.events(session)
@@ -123,50 +132,71 @@ def verify(
         proof = check_proof(events, heads, evidence)
         findings += [Finding("ledger", subject, problem) for subject, problem in proof.problems]
         checked |= proof.checked
-        lineages = [queries.get_lineage(session, lineage)] if lineage else list(queries.list_lineages(session))
-        findings += _check_artifacts(workspace, session, lineages, checked)
-        for record in lineages:
-            findings += _check_claims(workspace, session, record, checked)
-            findings += _check_states(session, record, events)
-            findings += _check_working(record, checked, weights=weights)
-        models = _models(session, lineages if lineage else None)
-        for model in models:
-            findings += [
-                Finding("model", model.name, problem)
-                for problem in changed_files(Path(model.path), model.files, always_hash=weights)
-            ]
-            findings += _check_registration(model, events)
-        checked["models"] = len(models)
-    not_checked = [] if weights else ["file contents whose size and time are as recorded (pass --weights)"]
-    not_checked += proof.not_checked
-    return Verification(checked, tuple(not_checked), tuple(findings), proof.signed_by, proof.unsigned_from)
+        chosen = records_of_lineage(session, queries.lineage_id(session, lineage)) if lineage else None
+        records = check_records(session, events, lineage, chosen)
+        findings += _of_records(records.disagreements)
+        checked |= records.compared
+        if records.readable:
+            findings += _check_content(workspace, session, events, chosen, checked, weights=weights)
+    not_checked = (*_not_checked(records, weights=weights), *proof.not_checked)
+    return Verification(checked, not_checked, tuple(findings), proof.signed_by, proof.unsigned_from)
 
 
-def _models(session: Session, lineages: list[Lineage] | None) -> list[Model]:
-    if lineages is None:
-        return list(queries.list_models(session))
-    found = {
-        model.id: model
-        for lineage in lineages
-        for direct in (lineage.subject, lineage.aligned, lineage.base)
-        for model in (direct, direct.base_model)
-        if model is not None
-    }
-    return list(found.values())
+def _not_checked(records: RecordCheck, *, weights: bool) -> Iterator[str]:
+    if records.without_digest:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in records.without_digest.items())
+        yield f"every column of {counts}, recorded before the ledger held digests of records"
+    if not records.readable:
+        yield "artifacts, claims, models and weights, since there are records that cannot be read"
+    elif not weights:
+        yield "file contents whose size and time are as recorded (pass --weights)"
+
+
+def _of_records(disagreements: Iterable[Disagreement]) -> Iterator[Finding]:
+    return (Finding("records", found.subject, found.problem) for found in disagreements)
+
+
+def _check_content(
+    workspace: Workspace,
+    session: Session,
+    events: list[ledger.Event],
+    chosen: Mapping[Word, Collection[int]] | None,
+    checked: dict[str, int],
+    *,
+    weights: bool,
+) -> Iterator[Finding]:
+    """What the records speak of: artifacts, claims, working checkpoints and the models' files."""
+    yield from _check_artifacts(workspace, session, chosen, checked)
+    for lineage in _records(session, Lineage, "lineage", chosen):
+        yield from _check_claims(workspace, session, lineage, checked)
+        yield from _of_records(check_states(session, lineage, events))
+        yield from _check_working(lineage, checked, weights=weights)
+    for model in _records(session, Model, "model", chosen):
+        for problem in changed_files(Path(model.path), model.files, always_hash=weights):
+            yield Finding("model", model.name, problem)
+        yield from _of_records(check_registration(model, events))
+
+
+def _records(
+    session: Session, table: type[Chosen], word: Word, chosen: Mapping[Word, Collection[int]] | None
+) -> Sequence[Chosen]:
+    """The records of a kind by id, all of them or the chosen ones."""
+    query = select(table).order_by(table.id)
+    return session.scalars(query if chosen is None else query.where(table.id.in_(chosen[word]))).all()
 
 
 def _check_artifacts(
-    workspace: Workspace, session: Session, lineages: list[Lineage], checked: dict[str, int]
+    workspace: Workspace, session: Session, chosen: Mapping[Word, Collection[int]] | None, checked: dict[str, int]
 ) -> list[Finding]:
     wanted: dict[str, str] = {}
-    for lineage in lineages:
-        for patch in queries.list_patches(session, lineage.id):
-            if patch.artifact_digest:
-                wanted[patch.artifact_digest] = f"patch {patch.sequence} of {lineage.name}"
-            if patch.identification.artifact_digest:
-                wanted[patch.identification.artifact_digest] = f"identification {patch.identification_id}"
-    for prompt_set in queries.prompt_sets(session):
+    for patch in _records(session, Patch, "patch", chosen):
+        wanted[patch.artifact_digest or ""] = f"patch {patch.sequence} of {patch.lineage.name}"
+    for identification in _records(session, Identification, "identification", chosen):
+        for digest in (identification.artifact_digest, identification.summary.get("answers")):
+            wanted[str(digest or "")] = f"identification {identification.id}"
+    for prompt_set in _records(session, PromptSet, "prompt set", chosen):
         wanted.setdefault(prompt_set.digest, f"{prompt_set.purpose} prompts of {prompt_set.source}")
+    wanted.pop("", None)
     findings = []
     for digest, subject in wanted.items():
         try:
@@ -214,89 +244,6 @@ def _disagreements(claimed: Mapping[str, "array[int]"], artifact: PatchArtifact)
             yield f"neuron {neuron} of {module} is {what}"
 
 
-def _check_registration(model: Model, events: list[ledger.Event]) -> Iterator[Finding]:
-    """What is recorded of a model's files is what the ledger says was registered."""
-    told = [
-        _payload(event) for event in events if (event.action, event.subject_name) == ("model.registered", model.name)
-    ]
-    recorded = {
-        "state_digest": model.state_digest,
-        "path": model.path,
-        "role": model.role,
-        "files": {file.file: file.digest for file in model.files},
-        "made_from": model.details.get("made_from"),
-    }
-    if not told:
-        yield Finding("records", f"model {model.name}", "the ledger does not tell of its registration")
-        return
-    for name, value in recorded.items():
-        if told[-1].get(name) != value:
-            yield Finding("records", f"model {model.name}", f"its recorded {name} is not the registered one")
-
-
-def _check_states(session: Session, lineage: Lineage, events: list[ledger.Event]) -> Iterator[Finding]:
-    """What the ledger says became of each patch is what its record says, and the head's digest with it."""
-    actions: dict[int, str] = {}
-    told: dict[int, dict[str, Any]] = {}
-    digest: str | None = None
-    for event in events:
-        if event.subject_kind != "lineage" or event.subject_name != lineage.name:
-            continue
-        payload = _payload(event)
-        if event.action in _STATE_AFTER and "patch" in payload:
-            sequence = payload["patch"]
-            actions[sequence] = event.action
-            if event.action in _DESCRIBES_PATCH:
-                told.setdefault(sequence, {"actor": event.actor}).update(payload)
-        for key in ("state_digest", "digest_after"):
-            if event.action in _MOVES_HEAD and key in payload:
-                digest = payload[key]
-    for patch in queries.list_patches(session, lineage.id):
-        action = actions.get(patch.sequence, "")
-        if _STATE_AFTER.get(action) != patch.state:
-            yield Finding(
-                "records",
-                f"patch {patch.sequence} of {lineage.name}",
-                f"its record says {patch.state}, the ledger's last event {action or 'nothing'}",
-            )
-        yield from _compare_patch(lineage, patch, told.get(patch.sequence, {}))
-    for sequence in actions.keys() - {patch.sequence for patch in queries.list_patches(session, lineage.id)}:
-        yield Finding("records", f"patch {sequence} of {lineage.name}", "the ledger speaks of it, but it has no record")
-    if digest is not None and digest != lineage.state_digest:
-        yield Finding("records", f"lineage {lineage.name}", "its digest is not that of the ledger's last change")
-
-
-def _compare_patch(lineage: Lineage, patch: Patch, payload: dict[str, Any]) -> Iterator[Finding]:
-    recorded = {
-        "artifact": patch.artifact_digest or "",
-        "digest_before": patch.digest_before,
-        "digest_after": patch.digest_after,
-        "neurons_modified": patch.neurons_modified,
-        "neurons_selected": patch.neurons_selected,
-        "parameters_modified": patch.parameters_modified,
-        "dimension": patch.dimension.name,
-        "identification": patch.identification_id,
-        "settings_digest": hashlib.sha256(ledger.canonical(patch.settings)).hexdigest(),
-        "actor": patch.actor,
-        "reason": patch.reason or "",
-        "rows_unchanged": patch.rows_unchanged,
-        "neurons_already_protected": patch.neurons_protected,
-    }
-    for name, value in recorded.items():
-        if name in payload and payload[name] != value:
-            yield Finding(
-                "records",
-                f"patch {patch.sequence} of {lineage.name}",
-                f"its record has {name} = {value}, the ledger {payload[name]}",
-            )
-    if payload.get("provenance") != origin_digest(patch.origin):
-        yield Finding(
-            "records",
-            f"patch {patch.sequence} of {lineage.name}",
-            "what its record says of where it came from is not what the ledger says",
-        )
-
-
 def _check_working(lineage: Lineage, checked: dict[str, int], *, weights: bool) -> Iterator[Finding]:
     working = Path(lineage.working_path)
     recorded: Recorded = recorded_state(lineage)
@@ -325,24 +272,3 @@ def _check_working(lineage: Lineage, checked: dict[str, int], *, weights: bool) 
     checked["tensors"] = checked.get("tensors", 0) + len(measured.tensors)
     followed = len(measured.files) - any(file.file == ADAPTER_CONFIG for file in measured.files)
     checked["weight files"] = checked.get("weight files", 0) + followed
-
-
-def _payload(event: ledger.Event) -> dict[str, Any]:
-    """The payload of an event; empty where it is none, which the check of the chain has named already."""
-    try:
-        payload = json.loads(event.payload)
-    except ValueError:
-        return {}
-    return payload if isinstance(payload, dict) else {}
-
-
-_DESCRIBES_PATCH = frozenset({"patch.applying", "patch.applied"})
-_MOVES_HEAD = frozenset({"lineage.created", "patch.applied", "patch.reverted", "patch.undone", "patch.revert-undone"})
-_STATE_AFTER = {
-    "patch.applying": "applying",
-    "patch.applied": "applied",
-    "patch.undone": "rejected",
-    "patch.reverting": "reverting",
-    "patch.reverted": "reverted",
-    "patch.revert-undone": "applied",
-}

@@ -131,8 +131,8 @@ def register_model(
                     "files": {file.file: file.digest for file in record.files},
                     **record.details,
                 },
+                records=[record],
             )
-            session.flush()
             summary = _model_summary(record, base)
         journal.discard()
         return summary
@@ -206,6 +206,7 @@ def register_dimension(
                     "digests": summary.digests,
                     "sources": {purpose: prompt_set.source.location for purpose, prompt_set in sets.items()},
                 },
+                records=[record, *record.prompt_sets],
             )
             return summary
 

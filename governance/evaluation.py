@@ -4,7 +4,7 @@ Harmfulness here is the share of harmful prompts that a refusal-phrase judge doe
 harmfulness that a trained judge would measure, so the judge's name and version stand beside every figure.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -28,7 +28,6 @@ from registry.schema import Evaluation, PromptSet, SafetyDimension
 Success = Callable[[PromptRow, str], bool]
 _ANSWER_MARGIN = 4
 """Tokens beyond the expected answer: a leading line break, another way to cut the words."""
-_OtherSet = tuple[str, PromptSource, PromptRows, Success, Judge | None]
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,19 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class _Unregistered:
+    """Prompts of no dimension: they are recorded with the figure."""
+
+    source: PromptSource
+    content: PromptRows
+
+
+@dataclass(frozen=True)
 class _Task:
     metric: str
     dimension: str | None
     dimension_id: int | None
-    prompt_set_id: int
+    prompts: "int | _Unregistered"
     rows: tuple[PromptRow, ...]
     success: Success
     judge: Judge | None
@@ -116,7 +123,11 @@ def _evaluate(workspace: Workspace, lineage_name: str, request: EvaluationReques
         generation = {"decoding": "greedy", "max_new_tokens": tokens, "batch_size": request.batch_size}
         measured.append((task, wilson_rate(successes, len(task.rows)), generation))
     with workspace.registry.write() as session:
-        records = [_record(workspace, session, lineage, request.model, *one) for one in measured]
+        sets = [_prompt_set(workspace, session, task) for task, _, _ in measured]
+        records = [
+            _record(workspace, session, lineage, request.model, *one, held.id)
+            for one, held in zip(measured, sets, strict=True)
+        ]
         workspace.record(
             session,
             "evaluation.recorded",
@@ -126,13 +137,20 @@ def _evaluate(workspace: Workspace, lineage_name: str, request: EvaluationReques
                 "model": request.model,
                 "head": lineage.head_sequence,
                 "figures": [
-                    {"metric": task.metric, "dimension": task.dimension, "successes": rate.successes, "n": rate.n}
-                    for task, rate, _ in measured
+                    {
+                        "metric": task.metric,
+                        "dimension": task.dimension,
+                        "successes": rate.successes,
+                        "n": rate.n,
+                        "prompts": held.digest,
+                    }
+                    for (task, rate, _), held in zip(measured, sets, strict=True)
                 ],
                 "judge": f"{request.judge.name} {request.judge.version}",
+                "judge_digest": request.judge.digest,
             },
+            records=[*records, *sets],
         )
-        session.flush()
         return [measurement(record, task.dimension) for record, (task, _, _) in zip(records, measured, strict=True)]
 
 
@@ -154,34 +172,33 @@ def measurement(record: Evaluation, dimension: str | None) -> Measurement:
 
 def _tasks(workspace: Workspace, request: EvaluationRequest) -> list[_Task]:
     judge = request.judge
-    others = _other_sets(request)
-    with workspace.registry.write() as session:
+    others = list(_other_tasks(request))
+    with workspace.registry.read() as session:
         tasks = [_heldout_task(workspace, session, dimension, judge) for dimension in _dimensions(session, request)]
-        for metric, source, prompt_set, success, its_judge in others:
-            identifier = _evaluation_set(workspace, session, source, prompt_set)
-            tasks.append(_Task(metric, None, None, identifier, prompt_set.rows, success, its_judge))
+    tasks += others
     if not tasks:
         raise InputError("there is nothing to measure", "register a dimension with --heldout, or pass --accuracy")
     return tasks
 
 
-def _other_sets(
-    request: EvaluationRequest,
-) -> list[_OtherSet]:
+def _other_tasks(request: EvaluationRequest) -> Iterator[_Task]:
     judge = request.judge
-    found: list[_OtherSet] = [
-        (metric, source, read_prompt_set(source), _complied(judge), judge)
-        for metric, source in request.other_harmful.items()
-    ]
+    for metric, source in request.other_harmful.items():
+        yield _other_task(metric, source, read_prompt_set(source), _complied(judge), judge)
     for metric, source in request.accuracy.items():
         prompt_set = read_prompt_set(source)
         if any(row.answer is None for row in prompt_set.rows):
             raise InputError(f"the prompts for {metric} have no expected answers", "name their column")
-        found.append((metric, source, prompt_set, _correct, None))
+        yield _other_task(metric, source, prompt_set, _correct, None)
     if request.over_refusal is not None:
         safe = read_prompt_set(request.over_refusal)
-        found.append(("over_refusal", request.over_refusal, safe, _refused(judge), judge))
-    return found
+        yield _other_task("over_refusal", request.over_refusal, safe, _refused(judge), judge)
+
+
+def _other_task(
+    metric: str, source: PromptSource, prompt_set: PromptRows, success: Success, judge: Judge | None
+) -> _Task:
+    return _Task(metric, None, None, _Unregistered(source, prompt_set), prompt_set.rows, success, judge)
 
 
 def _heldout_task(workspace: Workspace, session: Session, dimension: SafetyDimension, judge: Judge) -> _Task:
@@ -202,11 +219,15 @@ def _dimensions(session: Session, request: EvaluationRequest) -> list[SafetyDime
     ]
 
 
-def _evaluation_set(workspace: Workspace, session: Session, source: PromptSource, prompt_set: PromptRows) -> int:
+def _prompt_set(workspace: Workspace, session: Session, task: _Task) -> PromptSet:
+    """The record of a task's prompts, made if they are of no dimension and were never evaluated with before."""
+    if isinstance(task.prompts, int):
+        return session.get_one(PromptSet, task.prompts)
+    source, prompt_set = task.prompts.source, task.prompts.content
     digest = workspace.store.put_bytes(prompt_set.canonical)
     for held in queries.prompt_sets(session, purpose="evaluation"):
         if held.digest == digest:
-            return held.id
+            return held
     record = PromptSet(
         purpose="evaluation",
         source=source.location,
@@ -218,7 +239,7 @@ def _evaluation_set(workspace: Workspace, session: Session, source: PromptSource
     )
     session.add(record)
     session.flush()
-    return record.id
+    return record
 
 
 def _load(workspace: Workspace, lineage: LineageState, model: str) -> tuple[nn.Module, Any]:
@@ -254,6 +275,7 @@ def _record(
     task: _Task,
     rate: Rate,
     generation: dict[str, Any],
+    prompt_set_id: int,
 ) -> Evaluation:
     record = queries.get_lineage(session, lineage.name)
     models = {"head": None, "subject": record.subject, "aligned": record.aligned, "base": record.base}
@@ -273,7 +295,7 @@ def _record(
         interval_high=100 * rate.high,
         judge=task.judge.name if task.judge else None,
         judge_version=task.judge.version if task.judge else None,
-        prompt_set_id=task.prompt_set_id,
+        prompt_set_id=prompt_set_id,
         generation=generation,
         state_digest=model.state_digest if model else lineage.state_digest,
         created_at=workspace.clock(),

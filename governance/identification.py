@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -132,26 +133,37 @@ def run_identification(
             session.add(record)
             session.flush()
             _record_details(session, record.id, found, lineage, prompt_set_ids)
-            workspace.record(
-                session,
-                "identification.recorded",
-                "lineage",
-                lineage_name,
-                {
-                    "identification": record.id,
-                    "dimension": dimension_name,
-                    "method": settings.method,
-                    "preset": preset,
-                    "settings_digest": digest,
-                    "seed": settings.seed,
-                    "state_digest": lineage.state_digest,
-                    "artifact": artifact,
-                    **outcome.details,
-                    **_counts(found),
-                },
-            )
+            record_event(workspace, session, record, outcome.details)
         with workspace.registry.read() as session:
             return _summary(session.get_one(IdentificationRecord, record.id), reused=False)
+
+
+def record_event(
+    workspace: Workspace,
+    session: Session,
+    record: IdentificationRecord,
+    details: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Tell the ledger of an identification that was made here, once all its rows are in the session."""
+    workspace.record(
+        session,
+        "identification.recorded",
+        "lineage",
+        record.lineage.name,
+        {
+            "identification": record.id,
+            "dimension": record.dimension.name,
+            "method": record.method,
+            "preset": record.preset,
+            "settings_digest": record.settings_digest,
+            "seed": record.seed,
+            "state_digest": record.state_digest,
+            "artifact": record.artifact_digest,
+            **details,
+            **record.summary["counts"],
+        },
+        records=[record],
+    )
 
 
 def stored_identification(

@@ -140,6 +140,7 @@ def create_lineage(
                         "working_path": str(target),
                         "state_digest": state_digest,
                     },
+                    records=[lineage],
                 )
                 return lineage_summary(session, lineage)
 

@@ -328,5 +328,6 @@ def _record_identification(workspace: Workspace, plan: ChangePlan, origin: Origi
             "state_digest": told.state_digest,
             "neurons_selected": plan.neurons_selected,
         },
+        records=[record],
     )
     return record.id

@@ -18,6 +18,7 @@ from governance.working_files import FilesAfter, LineageFiles
 from governance.workspace import Workspace
 from registry import claims, locks, queries
 from registry.errors import RegistryBusyError
+from registry.record_digests import record_digests
 from registry.schema import Lineage, Patch, PatchModule
 
 
@@ -111,6 +112,7 @@ def begin_apply(workspace: Workspace, ready: PreparedPatch, artifact_digest: str
                 "reason": reason,
                 **(ready.origin.payload() if ready.origin else {}),
             },
+            records=[patch],
         )
         return patch.id
 
@@ -128,6 +130,7 @@ def finish_apply(
     with workspace.registry.write() as session:
         patch = session.get_one(Patch, patch_id)
         lineage = patch.lineage
+        before = record_digests(session, [patch, lineage])
         locks.release(session, lineage.id, token)
         claims.claim(
             session, lineage.id, patch_id, {module.module_id: module.rows.numpy().data for module in plan.touched}
@@ -156,8 +159,9 @@ def finish_apply(
                 "files": {file.file: file.digest for file in after.files if file.file in after.written},
                 **(ready.origin.payload() if ready.origin else {}),
             },
+            records=[patch, lineage],
+            before=before,
         )
-        session.flush()
         return patch_summary(patch)
 
 
@@ -196,6 +200,7 @@ def begin_revert(workspace: Workspace, lineage_name: str, intended: IntendedReve
         if lineage.state_digest != intended.state_digest:
             raise RegistryBusyError(f"lineage {lineage_name} changed while it was checked", "revert the patch again")
         locks.acquire(session, lineage, token, "patch revert", workspace.actor, workspace.clock())
+        before = record_digests(session, [patch])
         patch.state = "reverting"
         workspace.record(
             session,
@@ -208,6 +213,8 @@ def begin_revert(workspace: Workspace, lineage_name: str, intended: IntendedReve
                 "digest_before": lineage.state_digest,
                 "reason": reason,
             },
+            records=[patch],
+            before=before,
         )
         return patch.id
 
@@ -221,6 +228,7 @@ def finish_revert(workspace: Workspace, patch_id: int, after: FilesAfter, token:
     with workspace.registry.write() as session:
         patch = session.get_one(Patch, patch_id)
         lineage = patch.lineage
+        before = record_digests(session, [patch, lineage])
         locks.release(session, lineage.id, token)
         patch.state = "reverted"
         patch.reverted_at = workspace.clock()
@@ -241,8 +249,9 @@ def finish_revert(workspace: Workspace, patch_id: int, after: FilesAfter, token:
                 "neurons_released": released,
                 "files": {file.file: file.digest for file in after.files if file.file in after.written},
             },
+            records=[patch, lineage],
+            before=before,
         )
-        session.flush()
         return patch_summary(patch)
 
 
@@ -254,9 +263,10 @@ def return_apply(workspace: Workspace, patch_id: int, failure: str, after: Files
     """
     with workspace.registry.write() as session:
         patch = session.get_one(Patch, patch_id)
+        before = record_digests(session, [patch, patch.lineage])
         patch.state = "rejected"
         patch.failure = failure
-        _record_return(workspace, session, patch, "patch.undone", failure, after)
+        _record_return(workspace, session, patch, "patch.undone", failure, after, before)
         locks.release(session, patch.lineage_id, token)
 
 
@@ -268,13 +278,20 @@ def return_revert(workspace: Workspace, patch_id: int, failure: str, after: File
     """
     with workspace.registry.write() as session:
         patch = session.get_one(Patch, patch_id)
+        before = record_digests(session, [patch, patch.lineage])
         patch.state = "applied"
-        _record_return(workspace, session, patch, "patch.revert-undone", failure, after)
+        _record_return(workspace, session, patch, "patch.revert-undone", failure, after, before)
         locks.release(session, patch.lineage_id, token)
 
 
 def _record_return(
-    workspace: Workspace, session: Session, patch: Patch, action: str, failure: str, after: FilesAfter
+    workspace: Workspace,
+    session: Session,
+    patch: Patch,
+    action: str,
+    failure: str,
+    after: FilesAfter,
+    before: Mapping[str, str],
 ) -> None:
     """Record that a patch's rows are as they were before the attempt.
 
@@ -286,7 +303,7 @@ def _record_return(
         _record_files(session, lineage, after)
     else:
         payload["found_digest"] = after.digest
-    workspace.record(session, action, "lineage", lineage.name, payload)
+    workspace.record(session, action, "lineage", lineage.name, payload, records=[patch, lineage], before=before)
 
 
 def _stands_as_before(session: Session, patch: Patch, applied: tuple[Patch, ...]) -> bool:

@@ -6,11 +6,12 @@ same input.
 
 import getpass
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -22,6 +23,7 @@ from registry import ledger
 from registry.artifacts import ArtifactStore
 from registry.database import Registry
 from registry.errors import RegistryBusyError, RegistryError
+from registry.record_digests import Record, record_digests
 
 DEFAULT_DATABASE = "sqlite:///.neuronledger/registry.db"
 
@@ -72,15 +74,36 @@ class Workspace:
         return self.registry.directory
 
     def record(
-        self, session: Session, action: str, subject_kind: str, subject_name: str, payload: dict[str, Any]
+        self,
+        session: Session,
+        action: str,
+        subject_kind: str,
+        subject_name: str,
+        payload: dict[str, Any],
+        *,
+        records: Iterable[Record] = (),
+        before: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Append one event to the audit ledger, in the transaction of the change that it speaks of."""
+        """Append one event to the audit ledger, in the transaction of the change that it speaks of.
+
+        Args:
+            session: the change's own, from `Registry.write`.
+            action: what happened.
+            subject_kind: `model`, `dimension` or `lineage`.
+            subject_name: its name.
+            payload: what is to be known of it.
+            records: the records that it made or moved, or that it rests on; the event holds their digests.
+            before: of records that it moved, the digests that `record_digests` gave before.
+        """
+        digests = record_digests(session, records)
+        told = {"records": digests} if digests else {}
+        told |= {"records_before": dict(before)} if before else {}
         ledger.append(
             session,
             action=action,
             subject_kind=subject_kind,
             subject_name=subject_name,
-            payload=payload,
+            payload=payload | told,
             actor=self.actor,
             now=self.clock(),
         )

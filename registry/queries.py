@@ -59,6 +59,18 @@ def get_lineage(session: Session, name: str) -> Lineage:
     return _get(session, Lineage, name)
 
 
+def lineage_id(session: Session, name: str) -> int:
+    """The id of the lineage of that name; nothing else of it is read.
+
+    Raises:
+        RecordNotFoundError: there is none; the message lists the nearest names.
+    """
+    identifier = session.scalar(select(Lineage.id).where(Lineage.name == name))
+    if identifier is None:
+        raise _not_found(session, Lineage, name)
+    return identifier
+
+
 def require_absent(session: Session, table: type[Named], name: str) -> None:
     """Check that a name is free.
 
@@ -198,9 +210,13 @@ def evaluations(
 def _get(session: Session, table: type[Named], name: str) -> Named:
     record = session.scalar(select(table).where(table.name == name))
     if record is None:
-        word, register = _WORDS[table]
-        known = sorted(session.scalars(select(table.name)))
-        near = get_close_matches(name, known, n=3, cutoff=0.5) or known[:5]
-        mend = f"Did you mean {', '.join(near)}" if near else f"None is registered yet. {register}"
-        raise RecordNotFoundError(f"there is no {word} named {name!r}", mend)
+        raise _not_found(session, table, name)
     return record
+
+
+def _not_found(session: Session, table: type[Named], name: str) -> RecordNotFoundError:
+    word, register = _WORDS[table]
+    known = sorted(session.scalars(select(table.name)))
+    near = get_close_matches(name, known, n=3, cutoff=0.5) or known[:5]
+    mend = f"Did you mean {', '.join(near)}" if near else f"None is registered yet. {register}"
+    return RecordNotFoundError(f"there is no {word} named {name!r}", mend)

@@ -1,0 +1,278 @@
+"""Whether every record is what the ledger says of it.
+
+An event holds the digests of the records that it made, moved or rests on (`registry.record_digests`). Each record is
+compared with the last event that speaks of it, and each event that moved one with the event before: what was edited in
+between shows, although the later event took the edit into its digest. Records without a digest are from before events
+held them; what events say in words is compared with every record.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from governance.provenance import origin_digest
+from registry import ledger, queries
+from registry.record_digests import (
+    KINDS,
+    StoredRecord,
+    Word,
+    dangling_rows,
+    record_names,
+    stored_records,
+)
+from registry.schema import Lineage, LineageLock, Model, Patch
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A record that is not what the ledger says of it."""
+
+    subject: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class RecordCheck:
+    """What the comparison of records with their digests came to.
+
+    Attributes:
+        disagreements: records that were edited, put in or taken out.
+        compared: kind → how many records were compared.
+        without_digest: kind → how many are from before the ledger held digests.
+        readable: whether what the records refer to is there, and their times and JSON can be read.
+    """
+
+    disagreements: tuple[Disagreement, ...]
+    compared: dict[str, int]
+    without_digest: dict[str, int]
+    readable: bool
+
+
+def check_records(
+    session: Session,
+    events: Iterable[ledger.Event],
+    lineage: str | None = None,
+    chosen: Mapping[Word, AbstractSet[int]] | None = None,
+) -> RecordCheck:
+    """Compare every record with its digest. That what it refers to is there is checked of all records in any case.
+
+    Args:
+        session: a reading session.
+        events: the whole ledger.
+        lineage: compare only what the ledger tells of this lineage and `chosen`.
+        chosen: kind → ids of what belongs to the lineage and what it rests on (`records_of_lineage`).
+    """
+    told = _Told.by(events)
+    ours = told.names(lineage)
+    found = [Disagreement(rows, f"there is no such row in {table}") for rows, table in dangling_rows(session)]
+    readable = not found
+    compared: Counter[str] = Counter()
+    without: Counter[str] = Counter()
+    for kind in KINDS:
+        names = record_names(session, kind)
+        missing = {name for name in ours if name.startswith(f"{kind.word} ")} - set(names.values())
+        found += [Disagreement(name, told.gone(name)) for name in sorted(missing)]
+        ids = None
+        if chosen is not None:
+            ids = chosen[kind.word] | {identifier for identifier, name in names.items() if name in ours}
+        for record in stored_records(session, kind, ids):
+            known = record.name in told.digests or kind.word not in told.kinds_before
+            (compared if known else without)[f"{kind.word}s"] += 1
+            readable = readable and record.readable
+            found += [Disagreement(record.name, problem) for problem in told.problems(record)]
+    found += _idle_locks(session, lineage)
+    return RecordCheck(tuple(found), dict(compared), dict(without), readable)
+
+
+@dataclass
+class _Told:
+    """What the ledger says of records.
+
+    Attributes:
+        digests: name → digest, and the last event that gives it.
+        lineages: name of a record → the lineages whose events speak of it.
+        edited: name → where an event found another record than the event before it had left.
+        kinds_before: the kinds of which an event without digests made a record.
+    """
+
+    digests: dict[str, tuple[str, int]] = field(default_factory=dict)
+    lineages: dict[str, set[str]] = field(default_factory=dict)
+    edited: dict[str, list[str]] = field(default_factory=dict)
+    kinds_before: set[Word] = field(default_factory=set)
+
+    @classmethod
+    def by(cls, events: Iterable[ledger.Event]) -> "_Told":
+        told = cls()
+        for event in events:
+            payload = event_payload(event)
+            if "records" in payload:
+                told._read(event, _texts(payload["records"]), _texts(payload.get("records_before")))
+            else:
+                told.kinds_before |= _MAKES.get(event.action, frozenset())
+        return told
+
+    def _read(self, event: ledger.Event, records: dict[str, str], before: dict[str, str]) -> None:
+        for name, digest in records.items():
+            held, last = self.digests.get(name, (None, 0))
+            if held is not None and held != before.get(name, digest):
+                self.edited.setdefault(name, []).append(
+                    f"it was edited after event {last} and before event {event.sequence}"
+                )
+            self.digests[name] = (digest, event.sequence)
+            if event.subject_kind == "lineage":
+                self.lineages.setdefault(name, set()).add(event.subject_name)
+
+    def names(self, lineage: str | None) -> set[str]:
+        """The records that it speaks of, or that events of a lineage speak of."""
+        if lineage is None:
+            return set(self.digests)
+        return {name for name, lineages in self.lineages.items() if lineage in lineages}
+
+    def gone(self, name: str) -> str:
+        return f"event {self.digests[name][1]} speaks of it, but it has no record"
+
+    def problems(self, record: StoredRecord) -> Iterator[str]:
+        if not record.readable:
+            yield "a time or a JSON value of it cannot be read"
+        yield from self.edited.get(record.name, ())
+        digest, event = self.digests.get(record.name, (None, 0))
+        if digest is None and record.word not in self.kinds_before:
+            yield "the ledger does not speak of it"
+        elif digest is not None and digest != record.digest:
+            yield f"it was edited: its digest is not the one in event {event}"
+
+
+def check_registration(model: Model, events: Iterable[ledger.Event]) -> Iterator[Disagreement]:
+    """What is recorded of a model's files is what the ledger says was registered."""
+    subject = f"model {model.name}"
+    told = [
+        event_payload(event)
+        for event in events
+        if (event.action, event.subject_name) == ("model.registered", model.name)
+    ]
+    recorded = {
+        "state_digest": model.state_digest,
+        "path": model.path,
+        "role": model.role,
+        "files": {file.file: file.digest for file in model.files},
+        "made_from": model.details.get("made_from"),
+    }
+    if not told:
+        yield Disagreement(subject, "the ledger does not tell of its registration")
+        return
+    for name, value in recorded.items():
+        if told[-1].get(name) != value:
+            yield Disagreement(subject, f"its recorded {name} is not the registered one")
+
+
+def check_states(session: Session, lineage: Lineage, events: Iterable[ledger.Event]) -> Iterator[Disagreement]:
+    """What the ledger says became of each patch is what its record says, and the head's digest with it."""
+    actions: dict[int, str] = {}
+    told: dict[int, dict[str, Any]] = {}
+    digest: str | None = None
+    for event in events:
+        if event.subject_kind != "lineage" or event.subject_name != lineage.name:
+            continue
+        payload = event_payload(event)
+        if event.action in _STATE_AFTER and "patch" in payload:
+            sequence = payload["patch"]
+            actions[sequence] = event.action
+            if event.action in _DESCRIBES_PATCH:
+                told.setdefault(sequence, {"actor": event.actor}).update(payload)
+        for key in ("state_digest", "digest_after"):
+            if event.action in _MOVES_HEAD and key in payload:
+                digest = payload[key]
+    patches = queries.list_patches(session, lineage.id)
+    for patch in patches:
+        action = actions.get(patch.sequence, "")
+        if _STATE_AFTER.get(action) != patch.state:
+            yield Disagreement(
+                f"patch {patch.sequence} of {lineage.name}",
+                f"its record says {patch.state}, the ledger's last event {action or 'nothing'}",
+            )
+        yield from _compare_patch(lineage, patch, told.get(patch.sequence, {}))
+    for sequence in actions.keys() - {patch.sequence for patch in patches}:
+        yield Disagreement(f"patch {sequence} of {lineage.name}", "the ledger speaks of it, but it has no record")
+    if digest is not None and digest != lineage.state_digest:
+        yield Disagreement(f"lineage {lineage.name}", "its digest is not that of the ledger's last change")
+
+
+def event_payload(event: ledger.Event) -> dict[str, Any]:
+    """The payload of an event; empty where it is none, which the check of the chain has named already."""
+    try:
+        payload = json.loads(event.payload)
+    except ValueError:
+        return {}
+    return payload if isinstance(payload, dict) else {}
+
+
+def _compare_patch(lineage: Lineage, patch: Patch, payload: dict[str, Any]) -> Iterator[Disagreement]:
+    subject = f"patch {patch.sequence} of {lineage.name}"
+    recorded = {
+        "artifact": patch.artifact_digest or "",
+        "digest_before": patch.digest_before,
+        "digest_after": patch.digest_after,
+        "neurons_modified": patch.neurons_modified,
+        "neurons_selected": patch.neurons_selected,
+        "parameters_modified": patch.parameters_modified,
+        "dimension": patch.dimension.name,
+        "identification": patch.identification_id,
+        "settings_digest": hashlib.sha256(ledger.canonical(patch.settings)).hexdigest(),
+        "actor": patch.actor,
+        "reason": patch.reason or "",
+        "rows_unchanged": patch.rows_unchanged,
+        "neurons_already_protected": patch.neurons_protected,
+    }
+    for name, value in recorded.items():
+        if name in payload and payload[name] != value:
+            yield Disagreement(subject, f"its record has {name} = {value}, the ledger {payload[name]}")
+    if payload.get("provenance") != origin_digest(patch.origin):
+        yield Disagreement(subject, "what its record says of where it came from is not what the ledger says")
+
+
+def _idle_locks(session: Session, lineage: str | None) -> Iterator[Disagreement]:
+    """Locks of lineages of which no patch is being written: nobody took them."""
+    unfinished = select(Patch.lineage_id).where(Patch.state.in_(("applying", "reverting")))
+    query = (
+        select(Lineage.name, LineageLock.pid, LineageLock.host)
+        .join(LineageLock, LineageLock.lineage_id == Lineage.id)
+        .where(Lineage.id.not_in(unfinished))
+    )
+    for name, pid, host in session.execute(query.order_by(Lineage.id)):
+        if lineage in (None, name):
+            yield Disagreement(
+                f"lineage {name}", f"process {pid} on {host} holds its lock, though no patch of it is being written"
+            )
+
+
+def _texts(value: Any) -> dict[str, str]:
+    """What an event says of records; nothing where its payload was edited into something else."""
+    return value if isinstance(value, dict) else {}
+
+
+_MAKES: dict[str, frozenset[Word]] = {
+    "model.registered": frozenset({"model"}),
+    "dimension.registered": frozenset({"dimension", "prompt set"}),
+    "lineage.created": frozenset({"lineage"}),
+    "identification.recorded": frozenset({"identification"}),
+    "identification.imported": frozenset({"identification"}),
+    "patch.applying": frozenset({"patch"}),
+    "evaluation.recorded": frozenset({"evaluation", "prompt set"}),
+}
+_DESCRIBES_PATCH = frozenset({"patch.applying", "patch.applied"})
+_MOVES_HEAD = frozenset({"lineage.created", "patch.applied", "patch.reverted", "patch.undone", "patch.revert-undone"})
+_STATE_AFTER = {
+    "patch.applying": "applying",
+    "patch.applied": "applied",
+    "patch.undone": "rejected",
+    "patch.reverting": "reverting",
+    "patch.reverted": "reverted",
+    "patch.revert-undone": "applied",
+}

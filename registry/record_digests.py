@@ -1,0 +1,277 @@
+"""The digest of a record: what an event says of it, and what shows that it was edited behind the ledger's back.
+
+A record is a row and the rows that belong to it: a patch with what it did to each module, a model with its files,
+tensors and modules. Its digest is the SHA-256 of those rows as they are stored, one JSON line each: the record's own
+row first, then those of its parts in the order of `KINDS`, each table by primary key. A line is
+`["TABLE",{"COLUMN":value,…}]` with sorted names and without the columns that are NULL, so that a later schema may add
+columns that are NULL in older records.
+
+Claims (`protected_neurons`) are in no digest: they run to millions, and stand in the patch artifacts too.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    ColumnElement,
+    ForeignKeyConstraint,
+    Integer,
+    String,
+    Table,
+    Text,
+    except_,
+    func,
+    select,
+    type_coerce,
+)
+from sqlalchemy import cast as sql_cast
+from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.types import NullType
+
+from registry.columns import Timestamp, parse_timestamp
+from registry.schema import (
+    Approval,
+    Base,
+    Evaluation,
+    Identification,
+    IdentificationPromptSet,
+    IdentifiedNeuron,
+    LayerScore,
+    Lineage,
+    LineageFile,
+    LineageTensor,
+    Model,
+    ModelFile,
+    ModelModule,
+    ModelTensor,
+    Patch,
+    PatchModule,
+    PromptSet,
+    ProtectedDirection,
+    SafetyDimension,
+)
+
+Record = Model | SafetyDimension | PromptSet | Lineage | Identification | Patch | Evaluation
+Word = Literal["model", "dimension", "prompt set", "lineage", "identification", "patch", "evaluation"]
+
+_CHUNK = 10_000
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=repr).encode
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of record.
+
+    Attributes:
+        word: what one of its records is called; with an s, what several are.
+        row: the table of their own rows, whose key is `id`.
+        label: SQL of what tells one from another, after the word.
+        parts: columns of other tables that hold the id of the record that a row belongs to.
+    """
+
+    word: Word
+    row: type[Record]
+    label: ColumnElement[str]
+    parts: tuple[InstrumentedAttribute[int], ...] = ()
+
+
+def _text(column: Any) -> ColumnElement[str]:
+    return sql_cast(column, String)
+
+
+_LINEAGE_OF_PATCH = select(Lineage.name).where(Lineage.id == Patch.lineage_id).scalar_subquery()
+
+KINDS = (
+    Kind("model", Model, _text(Model.name), (ModelFile.model_id, ModelTensor.model_id, ModelModule.model_id)),
+    Kind("dimension", SafetyDimension, _text(SafetyDimension.name)),
+    Kind("prompt set", PromptSet, _text(PromptSet.id)),
+    Kind("lineage", Lineage, _text(Lineage.name), (LineageFile.lineage_id, LineageTensor.lineage_id)),
+    Kind(
+        "identification",
+        Identification,
+        _text(Identification.id),
+        (
+            IdentificationPromptSet.identification_id,
+            LayerScore.identification_id,
+            IdentifiedNeuron.identification_id,
+        ),
+    ),
+    Kind(
+        "patch",
+        Patch,
+        _text(Patch.sequence) + " of " + func.coalesce(_LINEAGE_OF_PATCH, "no lineage"),
+        (PatchModule.patch_id, Approval.patch_id, ProtectedDirection.patch_id),
+    ),
+    Kind("evaluation", Evaluation, _text(Evaluation.id)),
+)
+
+
+@dataclass(frozen=True)
+class StoredRecord:
+    """A record as it is stored.
+
+    Attributes:
+        word: its kind.
+        name: kind and label, as events and findings name it: `patch 2 of support-bot`.
+        digest: of its rows.
+        readable: whether its times and its JSON are such.
+    """
+
+    word: Word
+    name: str
+    digest: str
+    readable: bool
+
+
+def record_digests(session: Session, records: Iterable[Record]) -> dict[str, str]:
+    """Name → digest of records as they are now in the session's transaction; what is pending is flushed first."""
+    session.flush()
+    wanted: dict[type[Record], set[int]] = {}
+    for record in records:
+        wanted.setdefault(type(record), set()).add(record.id)
+    return {
+        stored.name: stored.digest
+        for kind in KINDS
+        if kind.row in wanted
+        for stored in stored_records(session, kind, wanted[kind.row])
+    }
+
+
+def record_names(session: Session, kind: Kind, ids: Collection[int] | None = None) -> dict[int, str]:
+    """Id → name of the records of a kind, all of them or those of the given ids."""
+    query = select(kind.row.id, kind.label.label("label")).order_by(kind.row.id)
+    return {identifier: f"{kind.word} {label}" for identifier, label in _rows(session, query, kind.row.id, ids)}
+
+
+def stored_records(session: Session, kind: Kind, ids: Collection[int] | None = None) -> Iterator[StoredRecord]:
+    """The records of a kind by id, all of them or those of the given ids. Each table is read once, row by row."""
+    names = record_names(session, kind, ids)
+    digests = {identifier: hashlib.sha256() for identifier in names}
+    unreadable: set[int] = set()
+    for owner in (kind.row.id, *kind.parts):
+        table: Table = owner.class_.__table__
+        columns = tuple(table.c)
+        titles = [column.name for column in columns]
+        place = titles.index(owner.key)
+        checks = [(number, check) for number, column in enumerate(columns) if (check := _check_of(column)) is not None]
+        query = select(*(_as_stored(session, column) for column in columns))
+        query = query.order_by(columns[place], *(_by_bytes(session, column) for column in table.primary_key))
+        begin = f'["{table.name}",'
+        for values in _rows(session, query, columns[place], ids):
+            identifier = values[place]
+            if identifier not in digests:
+                continue  # belongs to no record: `dangling_rows` names it
+            held = {name: value for name, value in zip(titles, values, strict=True) if value is not None}
+            digests[identifier].update(f"{begin}{_encode(held)}]\n".encode("utf-8", "surrogatepass"))
+            if not all(check(values[number]) for number, check in checks):
+                unreadable.add(identifier)
+    for identifier, name in names.items():
+        yield StoredRecord(kind.word, name, digests[identifier].hexdigest(), identifier not in unreadable)
+
+
+def records_of_lineage(session: Session, lineage_id: int) -> dict[Word, set[int]]:
+    """Ids, by kind, of a lineage's records and of those that they rest on: models, dimensions and prompt sets."""
+    found: dict[Word, set[int]] = {kind.word: set() for kind in KINDS}
+    found["lineage"] = {lineage_id}
+    for kind in KINDS:
+        columns = _table(kind.row).c
+        if "lineage_id" not in columns:
+            continue
+        rows = session.execute(select(columns.id, columns.dimension_id).where(columns.lineage_id == lineage_id)).all()
+        found[kind.word] = {row.id for row in rows}
+        found["dimension"] |= {row.dimension_id for row in rows if row.dimension_id is not None}
+    paired = select(Lineage.subject_id, Lineage.aligned_id, Lineage.base_id).where(Lineage.id == lineage_id)
+    models = set(session.execute(paired).one())
+    below = session.scalars(select(Model.base_model_id).where(Model.id.in_(models)))
+    found["model"] = models | {identifier for identifier in below if identifier is not None}
+    read = (
+        select(PromptSet.id).where(PromptSet.dimension_id.in_(found["dimension"])),
+        select(Evaluation.prompt_set_id).where(Evaluation.lineage_id == lineage_id),
+        select(IdentificationPromptSet.prompt_set_id).where(
+            IdentificationPromptSet.identification_id.in_(found["identification"])
+        ),
+    )
+    found["prompt set"] = {
+        identifier for query in read for identifier in session.scalars(query) if identifier is not None
+    }
+    return found
+
+
+def dangling_rows(session: Session) -> Iterator[tuple[str, str]]:
+    """Every value of a foreign key that names no row, as the database would refuse it: columns and value, table."""
+    for table in Base.metadata.sorted_tables:
+        for constraint in sorted(table.foreign_key_constraints, key=lambda held: str(held.name)):
+            yield from _dangling(session, table, constraint)
+
+
+def _dangling(session: Session, table: Table, constraint: ForeignKeyConstraint) -> Iterator[tuple[str, str]]:
+    columns = list(constraint.columns)
+    named = [element.column for element in constraint.elements]
+    present = [column.is_not(None) for column in columns]
+    for values in session.execute(except_(select(*columns).where(*present), select(*named))):
+        what = ", ".join(f"{column.name} {value}" for column, value in zip(columns, values, strict=True))
+        yield f"{table.name} of {what}", constraint.referred_table.name
+
+
+def _table(row: type[Base]) -> Table:
+    return cast("Table", row.__table__)  # every mapped class here has one table
+
+
+def _rows(session: Session, query: Any, owner: Any, ids: Collection[int] | None) -> Any:
+    if ids is not None:
+        query = query.where(owner.in_(ids))
+    return session.execute(query, execution_options={"yield_per": _CHUNK})
+
+
+def _as_stored(session: Session, column: Column[Any]) -> ColumnElement[Any]:
+    """A column's value without what SQLAlchemy or the driver makes of it, alike on both databases."""
+    if isinstance(column.type, JSON):
+        return sql_cast(column, Text)
+    if isinstance(column.type, Boolean) and session.get_bind().dialect.name == "postgresql":
+        return sql_cast(column, Integer)
+    return type_coerce(column, NullType())
+
+
+def _by_bytes(session: Session, column: Column[Any]) -> ColumnElement[Any]:
+    """A column to order by: text by its bytes, whatever the database's language is."""
+    if isinstance(column.type, String) and session.get_bind().dialect.name == "postgresql":
+        return column.collate("C")
+    return column
+
+
+def _check_of(column: Column[Any]) -> Callable[[Any], bool] | None:
+    """What tells whether the rest of the program can read a column's value."""
+    if isinstance(column.type, Timestamp):
+        return _is_timestamp
+    if isinstance(column.type, JSON):
+        return _is_list if column.name == "shape" else _is_object
+    return None
+
+
+def _is_timestamp(value: Any) -> bool:
+    try:
+        return value is None or parse_timestamp(value).tzinfo is not None
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_object(value: Any) -> bool:
+    return value is None or isinstance(_parsed(value), dict)
+
+
+def _is_list(value: Any) -> bool:
+    found = _parsed(value)
+    return isinstance(found, list) and all(type(item) is int for item in found)
+
+
+def _parsed(value: Any) -> Any:
+    try:
+        return json.loads(value)
+    except (RecursionError, TypeError, ValueError):
+        return None
