@@ -5,7 +5,7 @@ measured twice on the same state by the same judge, the later figure is shown an
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from sqlalchemy.orm import Session
@@ -112,6 +112,22 @@ class FigureTable:
     judges: tuple[str, ...]
     superseded: int
     generation: tuple[str, ...]
+
+    def parts(self, columns: int) -> "tuple[FigureTable, ...]":
+        """The table cut into tables of at most so many quantities, with all their rows."""
+
+        def cut(rows: tuple[StageFigures, ...], start: int) -> tuple[StageFigures, ...]:
+            return tuple(StageFigures(row.stage, row.figures[start : start + columns]) for row in rows)
+
+        return tuple(
+            replace(
+                self,
+                quantities=self.quantities[start : start + columns],
+                rows=cut(self.rows, start),
+                controls=tuple(Control(control.lineage, cut(control.rows, start)) for control in self.controls),
+            )
+            for start in range(0, len(self.quantities), columns)
+        )
 
 
 def is_harmfulness(metric: str) -> bool:
