@@ -73,7 +73,7 @@ def _dimensions(report: Report) -> list[Command]:
     for name in report.dimensions:
         own = {record.purpose: record for record in report.prompt_sets if record.dimension == name}
         if not {"harmful", "benign"} <= own.keys():
-            found.append(Command("", f"dimension {name}: not all of its prompt sets were read by this lineage"))
+            found.append(Command("", f"dimension {name}: its prompt sets are not recorded here"))
             continue
         words = ["dimension", "register", name]
         for purpose in ("harmful", "benign", "heldout"):
@@ -123,13 +123,19 @@ def _settings(record: IdentificationRecord) -> tuple[list[str], str]:
     if preset != "default":
         options += ["--preset", preset]
     try:
-        usual = method_of(record.method).choose(preset, {}).model_dump(mode="json")
-    except SettingsError:
-        return options, "this version does not know the method"
-    changed = {name: value for name, value in record.settings.items() if name not in usual or usual[name] != value}
+        changed = _changed(record.method, preset, record.settings, {})
+        changed |= _changed(record.method, preset, record.settings, changed)  # what a default makes of the others
+    except SettingsError as error:
+        return options, f"this version does not take its settings: {error.problem}"
     options += _repeated("--set", (f"{name}={_toml(value)}" for name, value in changed.items() if value is not None))
     absent = [name for name, value in changed.items() if value is None]
     return options, f"leave out {', '.join(absent)}, which the command line cannot" if absent else ""
+
+
+def _changed(method: str, preset: str, settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The recorded settings that a preset with the `given` ones would not give."""
+    found = method_of(method).choose(preset, given).model_dump(mode="json")
+    return {name: value for name, value in settings.items() if name not in found or found[name] != value}
 
 
 def _toml(value: Any) -> str:

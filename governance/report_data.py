@@ -71,7 +71,7 @@ def gather(workspace: Workspace, lineage_name: str) -> Report:
             directions=direction_claims(session, lineage),
             overlaps=overlap_table(session, lineage),
             identifications=identifications,
-            prompt_sets=_prompt_sets(session, lineage, identifications),
+            prompt_sets=_prompt_sets(session, lineage, patches, identifications),
             controls=tuple(ControlRecord(control.name, _patches(session, control, events)) for control in controls),
             measurements=_measurements(session, lineage),
             ledger=_ledger(events, workspace.registry.heads.read()),
@@ -232,10 +232,16 @@ def _safe_answers(record: dict[str, Any]) -> str:
 
 
 def _prompt_sets(
-    session: Session, lineage: Lineage, identifications: Sequence[IdentificationRecord]
+    session: Session,
+    lineage: Lineage,
+    patches: Sequence[PatchRecord],
+    identifications: Sequence[IdentificationRecord],
 ) -> tuple[PromptSetRecord, ...]:
-    used = {identifier for record in identifications for identifier in record.prompt_sets}
-    used |= {record.prompt_set_id for record in queries.evaluations(session, lineage.id) if record.prompt_set_id}
+    """The sets of the lineage's dimensions, and others that it was measured on."""
+    evaluations = queries.evaluations(session, lineage.id)
+    used = {record.prompt_set_id for record in evaluations if record.prompt_set_id}
+    dimensions = {record.dimension for record in (*patches, *identifications)}
+    dimensions |= {record.dimension.name for record in evaluations if record.dimension}
     return tuple(
         PromptSetRecord(
             identifier=record.id,
@@ -251,7 +257,7 @@ def _prompt_sets(
             dropped=record.source_filter.get("dropped") or 0,
         )
         for record in queries.prompt_sets(session)
-        if record.id in used
+        if record.id in used or (record.dimension and record.dimension.name in dimensions)
     )
 
 

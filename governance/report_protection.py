@@ -189,7 +189,7 @@ def _selected_for_another_too(session: Session, lineage: Lineage) -> dict[int, i
         .subquery()
     )
     query = select(found.c.module_id, func.count()).group_by(found.c.module_id)
-    return dict(session.execute(query).tuples().all())
+    return {row[0]: row[1] for row in session.execute(query)}
 
 
 def overlap_table(session: Session, lineage: Lineage) -> OverlapTable:

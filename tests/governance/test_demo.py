@@ -12,7 +12,7 @@ from governance.demo import DemoSummary, run_demo
 from governance.demo_nlsr import claims_proof
 from governance.errors import InputError
 from governance.workspace import Workspace, open_workspace
-from tests.governance.test_reporting import Page
+from tests.governance.report_pages import Page
 from tests.laboratory_cache import cached_laboratory
 
 
