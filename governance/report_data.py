@@ -240,7 +240,7 @@ def _prompt_sets(
     """The sets of the lineage's dimensions, and others that it was measured on."""
     evaluations = queries.evaluations(session, lineage.id)
     used = {record.prompt_set_id for record in evaluations if record.prompt_set_id}
-    dimensions = {record.dimension for record in (*patches, *identifications)}
+    dimensions = {patch.dimension for patch in patches} | {record.dimension for record in identifications}
     dimensions |= {record.dimension.name for record in evaluations if record.dimension}
     return tuple(
         PromptSetRecord(
