@@ -22,8 +22,9 @@ from governance.workspace import Workspace
 from registry import queries
 from registry.errors import RecordNotFoundError
 from registry.schema import Approval
+from tests.governance.conftest import Trios
 from tests.governance.report_pages import Page, read_page, require_readable
-from tests.governance.scenarios import Scenario, settings_of
+from tests.governance.scenarios import Scenario, build, settings_of
 
 HOSTILE = "<script>alert('x')</script> & more"
 
@@ -315,3 +316,17 @@ def test_a_lineage_takes_the_subjects_figures_from_one_that_measured_it_the_same
     evaluate(patched.workspace, "chance", request)
     longer = read_page(patched.workspace, "chance", tmp_path)
     assert longer.row("table-harmfulness", "subject") == page.row("table-harmfulness", "subject")
+
+
+def test_a_report_is_read_from_both_databases(
+    workspace: Workspace, trios: Trios, prompts: Path, tmp_path: Path
+) -> None:
+    scenario = build(workspace, trios(), prompts)
+    first, second = scenario.apply("animals"), scenario.apply("weapons")
+    page = read_page(workspace, "line", tmp_path)
+    require_readable(page)
+    found = gather(workspace, "line").protection
+    assert found.protected == first.neurons_modified + second.neurons_modified
+    assert found.shared >= second.neurons_already_protected > 0
+    assert page.tables["table-map"][-1][-1] == f"{found.left:,}"
+    assert [row[1] for row in page.tables["table-timeline"][1:]] == ["lineage created", "applied", "applied"]
