@@ -19,19 +19,31 @@ _NAME_WIDTH = 40.0
 _CROWDED = 9
 """With more stages than this only the first, the last and the panel's own figures are printed into the chart."""
 
+_LETTERS = 12.0
+"""Height of a printed value and of half a control's point."""
+
+_VALUE_WIDTH = 28.0
+"""Width of the widest printed value, 100.0."""
+
 _STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A measured point with its interval, and the place of its printed value ("": none is printed)."""
+    """A measured point with its interval, and the place of its printed value ("": none is printed).
+
+    Attributes:
+        x_label: middle of the printed value, or its beginning where it stands at the point's `side`.
+    """
 
     x: float
     y: float
     y_low: float
     y_high: float
     value: str
+    x_label: float
     y_label: float
+    side: bool
     own: bool
 
 
@@ -67,6 +79,7 @@ class RatePanel:
     controls: tuple[tuple[float, float], ...]
     control_paths: tuple[str, ...]
     separator: float | None
+    x_title: str
     description: str
 
 
@@ -76,6 +89,7 @@ class LayerPanel:
 
     Attributes:
         points: x, y and whether the block was in scope.
+        radius: of the points, less where many blocks stand close.
         bands: x and width of every run of blocks in scope.
         zero: y of gap 0.
     """
@@ -85,6 +99,7 @@ class LayerPanel:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     points: tuple[tuple[float, float, bool], ...]
+    radius: float
     path: str
     bands: tuple[tuple[float, float], ...]
     zero: float
@@ -137,6 +152,7 @@ def _layer_panel(record: IdentificationRecord, levels: Sequence[float]) -> Layer
         x_ticks=tuple(Tick(place_x(layer.block), str(layer.block)) for layer in record.layers[::every]),
         y_ticks=tuple(Tick(place_y(level), f"{level:.2f}") for level in levels),
         points=points,
+        radius=round(max(1.5, min(3.5, 0.45 * step)), 2),
         path=_path([(x, y) for x, y, _ in points]),
         bands=tuple(
             (round(place_x(start) - half, 2), round(place_x(end) - place_x(start) + 2 * half, 2))
@@ -155,7 +171,6 @@ def _rate_panel(
     quantity = table.quantities[column]
     points = [(index, row.stage, figure) for index, row in enumerate(table.rows) if (figure := row.figures[column])]
     controls = [_control_points(control, column, table.rows, places) for control in table.controls]
-    beside = {x: y for line in controls for x, y in line}
     start = [(places[index], _y(figure.value)) for index, stage, figure in points if stage.label == "subject"]
     own = [(places[index], _y(figure.value)) for index, stage, figure in points if stage.patch is not None]
     return RatePanel(
@@ -172,7 +187,7 @@ def _rate_panel(
             _mark(
                 places[index],
                 figure,
-                beside.get(places[index]),
+                [y for line in controls for x, y in line if x == places[index]],
                 own=_is_own(stage, quantity.dimension),
                 printed=_is_printed(index, stage, len(table.rows)) or _is_own(stage, quantity.dimension),
             )
@@ -182,6 +197,7 @@ def _rate_panel(
         controls=tuple(point for line in controls for point in line),
         control_paths=tuple(_path([*start, *line]) for line in controls if line),
         separator=separator,
+        x_title="after patch" if any(row.stage.patch is not None for row in table.rows) else "",
         description="; ".join(_sentence(stage, figure) for _, stage, figure in points),
     )
 
@@ -223,13 +239,24 @@ def _control_points(
     return points
 
 
-def _mark(x: float, figure: Figure, beside: float | None, *, own: bool, printed: bool) -> Mark:
+def _mark(x: float, figure: Figure, beside: Sequence[float], *, own: bool, printed: bool) -> Mark:
     y = _y(figure.value)
     low = _y(figure.value if figure.low is None else figure.low)
     high = _y(figure.value if figure.high is None else figure.high)
-    below = beside is not None and beside < y and low + 12 < _y(0)
-    y_label = max(low, y + 5) + 12 if below else min(high, y - 5) - 4
-    return Mark(x, y, low, high, f"{figure.value:.1f}" if printed else "", round(y_label, 2), own)
+    y_label = _label(min(high, y - 5) - 4, max(low, y + 5) + 12, y, beside)
+    side = y_label is None and x + 8 + _VALUE_WIDTH <= WIDTH
+    if y_label is None:
+        y_label = y + 4 if side else max(_LETTERS, min(high, *beside) - 7)
+    text = f"{figure.value:.1f}" if printed else ""
+    return Mark(x, y, low, high, text, x + 8 if side else x, round(y_label, 2), side, own)
+
+
+def _label(above: float, below: float, y: float, beside: Sequence[float]) -> float | None:
+    """The base line of a value over or under its point; None where a control's point stands at both places."""
+    places = [above] if below >= _y(0) else [below, above] if any(other < y for other in beside) else [above, below]
+    free = (place for place in places if not any(place - _LETTERS < other < place + 4 for other in beside))
+    place = next(free, None)
+    return None if place is None else max(place, _LETTERS)
 
 
 def _y(percent: float) -> float:

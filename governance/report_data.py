@@ -23,13 +23,14 @@ from governance.report_records import (
     IdentificationRecord,
     LayerRecord,
     LedgerRecord,
+    MeasurementRecord,
     ModelRecord,
     ModuleRecord,
     PatchRecord,
     PromptSetRecord,
-    RefusalRecord,
     Report,
 )
+from governance.report_timeline import timeline
 from governance.workspace import Workspace
 from registry import ledger, queries
 from registry.head_lines import Head, Line, MalformedHead
@@ -52,6 +53,7 @@ def gather(workspace: Workspace, lineage_name: str) -> Report:
         events = list(ledger.events(session))
         controls = _controls(session, lineage)
         identifications = _identifications(session, lineage)
+        patches = _patches(session, lineage, events)
         return Report(
             lineage=lineage.name,
             state=lineage.state,
@@ -61,17 +63,18 @@ def gather(workspace: Workspace, lineage_name: str) -> Report:
             head=lineage.head.sequence if lineage.head else None,
             is_control=_is_control(queries.list_patches(session, lineage.id)),
             models=_models(lineage),
-            patches=_patches(session, lineage, events),
+            patches=patches,
             harmfulness=figure_table(session, lineage, controls, is_harmfulness),
             accuracy=figure_table(session, lineage, controls, lambda metric: not is_harmfulness(metric)),
             protection=protection_map(session, lineage),
             directions=direction_claims(session, lineage),
             overlaps=overlap_table(session, lineage),
             identifications=identifications,
-            prompt_sets=_prompt_sets(session, lineage, identifications),
+            prompt_sets=_prompt_sets(session, lineage, patches, identifications),
             controls=tuple(ControlRecord(control.name, _patches(session, control, events)) for control in controls),
+            measurements=_measurements(session, lineage),
             ledger=_ledger(events, workspace.registry.heads.read()),
-            refusals=_refusals(events, lineage.name),
+            timeline=timeline(lineage.name, patches, events),
             verification=verification,
         )
 
@@ -228,10 +231,16 @@ def _safe_answers(record: dict[str, Any]) -> str:
 
 
 def _prompt_sets(
-    session: Session, lineage: Lineage, identifications: Sequence[IdentificationRecord]
+    session: Session,
+    lineage: Lineage,
+    patches: Sequence[PatchRecord],
+    identifications: Sequence[IdentificationRecord],
 ) -> tuple[PromptSetRecord, ...]:
-    used = {identifier for record in identifications for identifier in record.prompt_sets}
-    used |= {record.prompt_set_id for record in queries.evaluations(session, lineage.id) if record.prompt_set_id}
+    """The sets of the lineage's dimensions, and others that it was measured on."""
+    evaluations = queries.evaluations(session, lineage.id)
+    used = {record.prompt_set_id for record in evaluations if record.prompt_set_id}
+    dimensions = {patch.dimension for patch in patches} | {record.dimension for record in identifications}
+    dimensions |= {record.dimension.name for record in evaluations if record.dimension}
     return tuple(
         PromptSetRecord(
             identifier=record.id,
@@ -240,9 +249,33 @@ def _prompt_sets(
             source=_source(record),
             rows=record.rows,
             digest=record.digest,
+            where=_conditions(record.source_filter.get("where") or {}),
+            prompt_columns=tuple(record.columns.get("prompt") or ()),
+            answer_column=record.columns.get("answer"),
+            limit=record.source_filter.get("limit"),
+            dropped=record.source_filter.get("dropped") or 0,
         )
         for record in queries.prompt_sets(session)
-        if record.id in used
+        if record.id in used or (record.dimension and record.dimension.name in dimensions)
+    )
+
+
+def _conditions(where: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, str(value)) for name, value in where.items())
+
+
+def _measurements(session: Session, lineage: Lineage) -> tuple[MeasurementRecord, ...]:
+    return tuple(
+        MeasurementRecord(
+            at=record.created_at,
+            stage=record.stage,
+            metric=record.metric,
+            dimension=record.dimension.name if record.dimension else None,
+            prompt_set=record.prompt_set_id,
+            judge=f"{record.judge} {record.judge_version or ''}".strip() if record.judge else None,
+            generation=record.generation,
+        )
+        for record in queries.evaluations(session, lineage.id)
     )
 
 
@@ -284,21 +317,3 @@ def _event(event: ledger.Event) -> EventRecord:
         facts=", ".join(facts),
         hash=event.hash,
     )
-
-
-def _refusals(events: Sequence[ledger.Event], lineage_name: str) -> tuple[RefusalRecord, ...]:
-    found = []
-    for event in events:
-        if event.action == "refused" and event.subject_kind == "lineage" and event.subject_name == lineage_name:
-            content = event.content()
-            found.append(
-                RefusalRecord(
-                    sequence=event.sequence,
-                    created_at=event.created_at,
-                    actor=event.actor,
-                    attempted=str(content.get("attempted", "")),
-                    error=str(content.get("error", "")),
-                    message=str(content.get("message", "")),
-                )
-            )
-    return tuple(found)

@@ -6,9 +6,10 @@ counted.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from registry import queries
@@ -105,6 +106,7 @@ class FigureTable:
     Attributes:
         superseded: how many earlier figures of the same state and judge are in the registry and not shown.
         generation: how the answers were generated, one sentence part for each way that was recorded.
+        borrowed: other lineages of the subject that measured it, where this lineage did not.
     """
 
     quantities: tuple[Quantity, ...]
@@ -113,6 +115,23 @@ class FigureTable:
     judges: tuple[str, ...]
     superseded: int
     generation: tuple[str, ...]
+    borrowed: tuple[str, ...] = ()
+
+    def parts(self, columns: int) -> "tuple[FigureTable, ...]":
+        """The table cut into tables of at most so many quantities, with all their rows."""
+
+        def cut(rows: tuple[StageFigures, ...], start: int) -> tuple[StageFigures, ...]:
+            return tuple(StageFigures(row.stage, row.figures[start : start + columns]) for row in rows)
+
+        return tuple(
+            replace(
+                self,
+                quantities=self.quantities[start : start + columns],
+                rows=cut(self.rows, start),
+                controls=tuple(Control(control.lineage, cut(control.rows, start)) for control in self.controls),
+            )
+            for start in range(0, len(self.quantities), columns)
+        )
 
 
 def is_harmfulness(metric: str) -> bool:
@@ -125,6 +144,8 @@ def figure_table(
 ) -> FigureTable:
     """Gather the figures of the wanted metrics of a lineage and of its controls."""
     own = [record for record in queries.evaluations(session, lineage.id) if wanted(record.metric)]
+    elsewhere = _of_the_subject_elsewhere(session, lineage, own)
+    names = {other.id: other.name for other in queries.list_lineages(session)}
     others = {
         control.name: [record for record in queries.evaluations(session, control.id) if wanted(record.metric)]
         for control in controls
@@ -134,14 +155,35 @@ def figure_table(
     shown = [control for control in controls if others[control.name]]
     return FigureTable(
         quantities=quantities,
-        rows=_rows(session, lineage, own, quantities),
+        rows=_rows(session, lineage, [*elsewhere, *own], quantities),
         controls=tuple(
             Control(control.name, _rows(session, control, others[control.name], quantities)) for control in shown
         ),
         judges=tuple(dict.fromkeys(quantity(record).judge for record in every if record.judge)),
         superseded=len(own) - len({(_state(record), quantity(record)) for record in own}),
         generation=tuple(dict.fromkeys(_generation(record) for record in every if record.generation)),
+        borrowed=tuple(dict.fromkeys(names[record.lineage_id] for record in elsewhere)),
     )
+
+
+def _of_the_subject_elsewhere(session: Session, lineage: Lineage, own: Sequence[Evaluation]) -> list[Evaluation]:
+    """Figures of the very weights of the subject, which another lineage measured in the way that this one did not."""
+    missing = {_way(record) for record in own} - {_way(record) for record in own if record.stage == "subject"}
+    query = (
+        select(Evaluation)
+        .where(
+            Evaluation.stage == "subject",
+            Evaluation.state_digest == lineage.subject.state_digest,
+            Evaluation.lineage_id != lineage.id,
+        )
+        .order_by(Evaluation.id)
+    )
+    return [record for record in session.scalars(query) if _way(record) in missing] if missing else []
+
+
+def _way(record: Evaluation) -> tuple[Quantity, int | None, str]:
+    """What was measured, on which prompts, and how the answers were generated."""
+    return quantity(record), record.prompt_set_id, _generation(record)
 
 
 def quantity(record: Evaluation) -> Quantity:

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session
 
 from registry import queries
-from registry.schema import Identification, IdentifiedNeuron, Lineage, ProtectedDirection, ProtectedNeuron
+from registry.schema import Identification, IdentifiedNeuron, Lineage, Patch, ProtectedDirection, ProtectedNeuron
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,22 @@ class ProtectedPart:
 
 @dataclass(frozen=True)
 class MapCell:
-    """One module kind of one block; `neurons` is 0 where the block has no such module."""
+    """One module kind of one block; `neurons` is 0 where the block has no such module.
+
+    Attributes:
+        shared: protected neurons that an identification for another dimension selected as well.
+    """
 
     kind: str
     neurons: int
     protected: int
     parts: tuple[ProtectedPart, ...]
+    shared: int = 0
+
+    @property
+    def left(self) -> int:
+        """Neurons that a later patch may still claim."""
+        return self.neurons - self.protected
 
     @property
     def share(self) -> float:
@@ -48,6 +58,29 @@ class ProtectionMap:
     protected: int
     neurons: int
     scale: float
+
+    @property
+    def left(self) -> int:
+        """Neurons that a later patch may still claim."""
+        return self.neurons - self.protected
+
+    @property
+    def shared(self) -> int:
+        """Protected neurons that an identification for another dimension selected as well."""
+        return sum(cell.shared for _, cells in self.blocks for cell in cells)
+
+    @property
+    def by_dimension(self) -> tuple[tuple[str, int], ...]:
+        """How many neurons each dimension's patches protect."""
+        counts = dict.fromkeys(self.dimensions, 0)
+        for _, cells in self.blocks:
+            for part in (part for cell in cells for part in cell.parts):
+                counts[part.dimension] += part.neurons
+        return tuple(counts.items())
+
+    def left_in(self, kind: str) -> int:
+        """Neurons that a later patch may still claim in the modules of one kind."""
+        return sum(cell.left for _, cells in self.blocks for cell in cells if cell.kind == kind)
 
 
 @dataclass(frozen=True)
@@ -111,19 +144,52 @@ def protection_map(session: Session, lineage: Lineage) -> ProtectionMap:
     for module in modules:
         sizes[module.block, module.kind] = sizes.get((module.block, module.kind), 0) + module.out_features
     kinds = tuple(dict.fromkeys(module.kind for module in modules))
+    shared: dict[tuple[int, str], int] = {}
+    for module_id, count in _selected_for_another_too(session, lineage).items():
+        shared[place[module_id]] = shared.get(place[module_id], 0) + count
+
+    def cell(block: int, kind: str) -> MapCell:
+        at = (block, kind)
+        return _cell(kind, sizes.get(at, 0), counts.get(at, {}), order, shared.get(at, 0))
+
     blocks = tuple(
-        (block, tuple(_cell(kind, sizes.get((block, kind), 0), counts.get((block, kind), {}), order) for kind in kinds))
-        for block in sorted({module.block for module in modules})
+        (block, tuple(cell(block, kind) for kind in kinds)) for block in sorted({module.block for module in modules})
     )
-    largest = max((cell.share for _, cells in blocks for cell in cells), default=0.0)
+    largest = max((held.share for _, cells in blocks for held in cells), default=0.0)
     return ProtectionMap(
         kinds=kinds,
         blocks=blocks,
         dimensions=order,
-        protected=sum(cell.protected for _, cells in blocks for cell in cells),
+        protected=sum(held.protected for _, cells in blocks for held in cells),
         neurons=sum(sizes.values()),
         scale=next((scale for scale in _SCALES if largest <= scale), 1.0),
     )
+
+
+def _selected_for_another_too(session: Session, lineage: Lineage) -> dict[int, int]:
+    """Module id → how many of its protected neurons an identification for another dimension selected as well."""
+    found = (
+        select(ProtectedNeuron.module_id, ProtectedNeuron.neuron)
+        .join(Patch, Patch.id == ProtectedNeuron.patch_id)
+        .join(
+            IdentifiedNeuron,
+            and_(
+                IdentifiedNeuron.module_id == ProtectedNeuron.module_id,
+                IdentifiedNeuron.neuron == ProtectedNeuron.neuron,
+                IdentifiedNeuron.disposition.in_(("selected", "protected")),
+            ),
+        )
+        .join(Identification, Identification.id == IdentifiedNeuron.identification_id)
+        .where(
+            ProtectedNeuron.lineage_id == lineage.id,
+            Identification.lineage_id == lineage.id,
+            Identification.dimension_id != Patch.dimension_id,
+        )
+        .distinct()
+        .subquery()
+    )
+    query = select(found.c.module_id, func.count()).group_by(found.c.module_id)
+    return {row[0]: row[1] for row in session.execute(query)}
 
 
 def overlap_table(session: Session, lineage: Lineage) -> OverlapTable:
@@ -191,8 +257,8 @@ def direction_claims(session: Session, lineage: Lineage) -> tuple[DirectionClaim
     )
 
 
-def _cell(kind: str, neurons: int, counts: dict[str, int], order: tuple[str, ...]) -> MapCell:
+def _cell(kind: str, neurons: int, counts: dict[str, int], order: tuple[str, ...], shared: int) -> MapCell:
     parts = tuple(
         ProtectedPart(name, counts[name], counts[name] / neurons) for name in order if counts.get(name) and neurons
     )
-    return MapCell(kind, neurons, sum(part.neurons for part in parts), parts)
+    return MapCell(kind, neurons, sum(part.neurons for part in parts), parts, shared)

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from governance.auditing import Verification
 from governance.provenance import OriginSummary
 from governance.report_figures import FigureTable
 from governance.report_protection import DirectionClaim, OverlapTable, ProtectionMap
+
+Mark = Literal["done", "gone", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,14 @@ class IdentificationRecord:
 
 @dataclass(frozen=True)
 class PromptSetRecord:
-    """One prompt set; `source` is a data set's name or the last parts of a file's path."""
+    """One prompt set; `source` is a data set's name or the last parts of a file's path.
+
+    Attributes:
+        where: conditions that its rows hold, as field and value.
+        prompt_columns: columns that make the prompt; empty: the first known name.
+        limit: most prompts that were kept; None: all.
+        dropped: how many repeated prompts were left out.
+    """
 
     identifier: int
     purpose: str
@@ -150,6 +159,24 @@ class PromptSetRecord:
     source: str
     rows: int
     digest: str
+    where: tuple[tuple[str, str], ...] = ()
+    prompt_columns: tuple[str, ...] = ()
+    answer_column: str | None = None
+    limit: int | None = None
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class MeasurementRecord:
+    """What one evaluation read and how: enough to measure it again, without its figure."""
+
+    at: datetime
+    stage: str
+    metric: str
+    dimension: str | None
+    prompt_set: int | None
+    judge: str | None
+    generation: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -166,15 +193,30 @@ class EventRecord:
 
 
 @dataclass(frozen=True)
-class RefusalRecord:
-    """One attempted change that was refused."""
+class Moment:
+    """One thing that happened to the lineage, or that was refused.
 
-    sequence: int
-    created_at: str
+    Attributes:
+        at: ISO 8601, UTC.
+        mark: done (it happened), gone (something was taken back), stopped (it did not happen, or not to the end).
+        what: in words.
+        patch: its number, where it concerns one.
+        why: reason, or the message of a refusal.
+        event: its number in the ledger; None where no event speaks of it.
+        repeated: how many more times in a row exactly this was refused.
+        until: when it was refused last.
+    """
+
+    at: str
+    mark: Mark
+    what: str
+    patch: int | None
+    dimension: str | None
     actor: str
-    attempted: str
-    error: str
-    message: str
+    why: str
+    event: int | None
+    repeated: int = 0
+    until: str = ""
 
 
 @dataclass(frozen=True)
@@ -218,8 +260,9 @@ class Report:
     identifications: tuple[IdentificationRecord, ...]
     prompt_sets: tuple[PromptSetRecord, ...]
     controls: tuple[ControlRecord, ...]
+    measurements: tuple[MeasurementRecord, ...]
     ledger: LedgerRecord
-    refusals: tuple[RefusalRecord, ...]
+    timeline: tuple[Moment, ...]
     verification: Verification
 
     @property
@@ -234,7 +277,8 @@ class Report:
 
     @property
     def dimensions(self) -> tuple[str, ...]:
-        """Every dimension that a patch or a figure names, in a fixed order, for its colour."""
+        """Every dimension that a patch, a figure or an identification names, in a fixed order, for its colour."""
         named = [patch.dimension for patch in self.patches]
         named += [quantity.dimension for quantity in self.harmfulness.quantities if quantity.dimension]
+        named += [record.dimension for record in self.identifications]
         return tuple(dict.fromkeys(named))

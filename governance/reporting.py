@@ -3,7 +3,6 @@
 `report_data` reads the registry, `report_charts` places the marks, the template in `templates` writes the page.
 """
 
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from governance.errors import InputError
 from governance.report_charts import layer_panels, rate_panels
+from governance.report_commands import commands
 from governance.report_data import gather
+from governance.report_glance import glance
 from governance.report_records import IdentificationRecord, Report
+from governance.report_text import FILTERS, isolated
 from governance.workspace import Workspace
 from neuronledger import __version__
 
 TEMPLATE = "report.html.jinja"
 COLOURS = 8
 """How many colours the style sheet has for dimensions; more dimensions share them."""
-
-_NO_BREAK = "\u00a0"
 
 
 def write_report(workspace: Workspace, lineage: str, output: Path) -> Path:
@@ -48,18 +48,11 @@ def render(report: Report) -> str:
         loader=PackageLoader("governance", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=isolated,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "share": _share,
-        "rate": _rate,
-        "number": _number,
-        "norm": _norm,
-        "time": _time,
-        "short": _short,
-        "value": _value,
-    }
+    environment.filters |= FILTERS
     colours = {name: index % COLOURS for index, name in enumerate(report.dimensions)}
     return environment.get_template(TEMPLATE).render(
         report=report,
@@ -68,6 +61,8 @@ def render(report: Report) -> str:
         harmfulness_panels=rate_panels(report.harmfulness, report.dimensions),
         accuracy_panels=rate_panels(report.accuracy, report.dimensions),
         layer_panels=layer_panels(report.identifications),
+        glance=glance(report),
+        commands=commands(report),
         settings=_settings(report.identifications),
         libraries=_libraries(report.identifications),
     )
@@ -95,42 +90,3 @@ def _by_value(found: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, list[t
                 held.append(label)
         rows.append((name, [(value, "" if len(values) == 1 else "; ".join(labels)) for value, labels in values]))
     return rows
-
-
-def _share(share: float, digits: int = 2) -> str:
-    """A share as a percentage, as `patch list` shows it."""
-    return f"{100 * share:.{digits}f}{_NO_BREAK}%"
-
-
-def _rate(percent: float | None) -> str:
-    """A rate in percent, as `evaluate` shows it."""
-    return "not recorded" if percent is None else f"{percent:.1f}"
-
-
-def _number(count: int | None) -> str:
-    return "not recorded" if count is None else f"{count:,}"
-
-
-def _norm(norm: float | None) -> str:
-    return "not recorded" if norm is None else f"{norm:.4g}"
-
-
-def _time(moment: datetime | str | None) -> str:
-    """A moment in UTC to the second."""
-    if moment is None:
-        return "not recorded"
-    text = moment if isinstance(moment, str) else moment.isoformat()
-    return f"{text[:10]} {text[11:19]}{_NO_BREAK}UTC"
-
-
-def _short(digest: str | None) -> str:
-    return "not recorded" if not digest else f"{digest[:12]}…"
-
-
-def _value(value: Any) -> str:
-    """A setting's value as text."""
-    if value is None:
-        return "none"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) if value else "all"
-    return str(value)

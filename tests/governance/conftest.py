@@ -13,12 +13,15 @@ from governance.lineages import create_lineage
 from governance.workspace import Workspace
 from registry.database import Registry
 from tests.databases import SQLiteDatabases
+from tests.governance.browser import find_browser
 from tests.governance.exchange import export_to
 from tests.governance.patched_lineages import FORMS, PatchedLineage, patched_lineage
 from tests.governance.scenarios import Scenario, Trio, register_dimensions, register_trio, write_prompts
 from tests.tiny_models import save_adapter, save_model, save_variant
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+
+collect_ignore = [] if find_browser() else ["test_report_in_browser.py"]
 
 Trios = Callable[..., Trio]
 Scenarios = Callable[[Trio], Scenario]

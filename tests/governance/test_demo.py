@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from governance.demo import DemoSummary, run_demo
 from governance.demo_nlsr import claims_proof
 from governance.errors import InputError
 from governance.workspace import Workspace, open_workspace
-from tests.governance.test_reporting import Page
+from tests.governance.report_pages import Page
 from tests.laboratory_cache import cached_laboratory
 
 
@@ -134,5 +135,25 @@ def test_the_report_shows_the_numbers_of_the_summary(demo: tuple[Path, DemoSumma
                 f"{patch.modified_linear_share:.2f} %",
             ]
     assert f"{summary.ledger['events']} events" in page.text
+    _require_first_table(page, json.loads((output / "summary.json").read_text(encoding="utf-8")))
     with open_workspace(f"sqlite:///{output / 'registry.db'}", "tester").registry as registry:
         assert registry.heads.read()
+
+
+def _require_first_table(page: Page, summary: dict[str, Any]) -> None:
+    """Before, now and random neurons are those of the summary file; now is before the patch that was taken back."""
+    before, now = summary["stages"][2], summary["stages"][-2]
+    beside = summary["control_stages"][-2]
+    reverted = summary["patches"][-1]["dimension"]
+    for name in before["harmfulness"]:
+        row = page.row("table-glance", name)
+        shown = [cell.split("|")[0] for cell in (row[2], row[3], row[5])]
+        assert shown == [f"{stage['harmfulness'][name]:.1f}" for stage in (before, now, beside)]
+        assert row[1].startswith("not protected" if name == reverted else "protected")
+    for metric, title in (("benign_accuracy",) * 2, ("task_accuracy",) * 2, ("over_refusal", "over-refusal")):
+        row = page.row("table-glance", title.replace("_", " "))
+        assert [row[2].split("|")[0], row[3].split("|")[0]] == [f"{before[metric]:.1f}", f"{now[metric]:.1f}"]
+    held = summary["patches"][:-1]
+    assert f"{len(held)} of {len(summary['patches'])}" in page.text
+    assert f"{sum(patch['modified_share'] for patch in held):.2f} %" in page.text
+    assert f"{sum(patch['neurons_modified'] for patch in held):,} of" in page.text

@@ -21,13 +21,13 @@ from governance.reporting import write_report
 from tests.governance.conftest import Scenarios, Trios
 from tests.governance.exchange import export_to
 from tests.governance.faults import Fault, flip_byte, struck_by
+from tests.governance.report_pages import read_page
 from tests.governance.scenarios import (
     Scenario,
     digests,
     plain_nlsr,
     settings_of,
 )
-from tests.governance.test_reporting import read_page
 
 FACTOR: dict[str, Any] = {"method": "nlsr", "form": "factor", "sparsity": 0.5}
 

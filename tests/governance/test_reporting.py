@@ -1,15 +1,12 @@
 """The report shows what the registry holds, names what is missing, and reads without script, network or colour."""
 
 import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from governance.auditing import audit_log
 from governance.errors import InputError, PlanError
 from governance.evaluation import EvaluationRequest, evaluate
 from governance.identification import run_identification
@@ -18,72 +15,19 @@ from governance.patch_records import list_patches, show_patch
 from governance.patching import apply_patch, revert_patch
 from governance.planning import plan_patch
 from governance.prompt_sets import PromptSource
-from governance.report_charts import HEIGHT, WIDTH, rate_panels
 from governance.report_data import gather
-from governance.report_figures import Control, Figure, FigureTable, Quantity, Stage, StageFigures
+from governance.report_figures import Control, Stage, StageFigures
 from governance.reporting import write_report
 from governance.workspace import Workspace
+from registry import queries
 from registry.errors import RecordNotFoundError
 from registry.head_lines import Head
-from tests.governance.scenarios import Scenario, settings_of
+from registry.schema import Approval
+from tests.governance.conftest import Trios
+from tests.governance.report_pages import Page, read_page, require_readable
+from tests.governance.scenarios import Scenario, build, settings_of
 
-VOID = {"meta", "link", "br", "img", "input", "hr", "rect", "circle", "line", "path"}
 HOSTILE = "<script>alert('x')</script> & more"
-
-
-@dataclass
-class Page(HTMLParser):
-    """What a reader finds on the page: elements, identifiers, and tables as rows of text by identifier."""
-
-    source: str
-    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    tables: dict[str, list[list[str]]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.table: list[list[str]] = []
-        self.in_cell = False
-        self.feed(self.source)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.elements.append((tag, found))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.table = self.tables.setdefault(found.get("id") or "", [])
-        elif tag == "tr":
-            self.table.append([])
-        elif tag in {"td", "th"}:
-            self.in_cell = True
-            self.table[-1].append("")
-        elif tag in {"small", "br"} and self.in_cell:
-            self.table[-1][-1] += "|"
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in VOID:
-            return
-        assert self.open.pop() == tag, "elements are nested rightly"
-        if tag in {"td", "th"}:
-            self.in_cell = False
-            self.table[-1][-1] = " ".join(self.table[-1][-1].split())
-
-    def handle_data(self, data: str) -> None:
-        if self.in_cell:
-            self.table[-1][-1] += data
-
-    @property
-    def text(self) -> str:
-        return " ".join(re.sub(r"<[^>]+>", " ", self.source).split())
-
-    def row(self, table: str, first: str) -> list[str]:
-        return next(row for row in self.tables[table] if row[0].startswith(first))
-
-
-def read_page(workspace: Workspace, lineage: str, place: Path) -> Page:
-    return Page(write_report(workspace, lineage, place / "report.html").read_text(encoding="utf-8"))
 
 
 def accuracy_prompts(place: Path) -> PromptSource:
@@ -209,10 +153,11 @@ def test_overlap_names_the_protecting_dimension(patched: Scenario, page: Page) -
     _, second = list_patches(patched.workspace, "line")
     row = page.row("table-overlap", "weapons")
     assert second.neurons_already_protected > 0
-    assert page.tables["table-overlap"][0][2] == "|protected byanimals"
-    assert row[2].split("|")[0] == f"{second.neurons_already_protected:,}"
+    share = 100 * second.neurons_already_protected / second.neurons_selected
     assert row[1] == f"{second.neurons_selected:,}"
-    assert row[4].split("|")[0] == f"{second.neurons_modified:,}"
+    assert row[3] == f"animals {second.neurons_already_protected:,} ({share:.1f} %)"
+    assert row[4].split("|")[0] == f"{second.neurons_already_protected:,}"
+    assert row[5].split("|")[0] == f"{second.neurons_modified:,}"
 
 
 def test_map_counts_the_claims(patched: Scenario) -> None:
@@ -242,9 +187,9 @@ def test_text_of_the_registry_is_escaped(page: Page) -> None:
 
 
 def test_refused_change_is_listed(page: Page) -> None:
-    (row,) = page.tables["table-refusals"][1:]
-    assert row[3] == "patch.revert"
-    assert "PlanError" in row[4]
+    (row,) = [row for row in page.tables["table-timeline"] if row[1].startswith("refused")]
+    assert row[1] == "refused: patch revert"
+    assert row[4].startswith("PlanError: ")
 
 
 def test_ledger_proof_is_that_of_the_registry(patched: Scenario, page: Page) -> None:
@@ -286,39 +231,31 @@ def test_lineage_without_anything_says_what_is_missing(scenario: Scenario, tmp_p
         assert sentence in found.text
 
 
-def test_page_loads_nothing_and_runs_nothing(page: Page) -> None:
-    tags = {tag for tag, _ in page.elements}
-    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "form"}
-    for _, attributes in page.elements:
-        assert not {name for name in attributes if name == "src" or name.startswith("on")}
-        assert (attributes.get("href") or "#").startswith("#")
-    assert "http://" not in page.source
-    assert "https://" not in page.source
-    assert "url(" not in page.source
+def test_page_of_a_registry_can_be_read_without_seeing_it_and_loads_nothing(page: Page) -> None:
+    require_readable(page)
+
+
+def test_everything_of_the_registry_appears(patched: Scenario, page: Page) -> None:
+    with patched.workspace.registry.read() as session:
+        lineage = queries.get_lineage(session, "line")
+        for module in queries.modules(session, lineage.subject_id):
+            assert module.kind in page.tables["table-map"][0]
+            assert page.row("table-map", str(module.block))
+        for patch in queries.list_patches(session, lineage.id):
+            assert page.row("table-patches", str(patch.sequence))[1] == patch.dimension.name
+            assert f"{patch.sequence}|{patch.dimension.name}" in [row[2] for row in page.tables["table-timeline"]]
+            changed = [row[0] for row in page.tables[f"table-modules-{patch.sequence}"][1:]]
+            assert changed == [record.module.name for record in patch.modules]
+            assert page.row("table-glance", patch.dimension.name)
+        for dimension in ("animals", "weapons"):
+            for held in queries.get_dimension(session, dimension).prompt_sets:
+                assert held.digest in page.text
+                assert held.rows == int(page.row("table-prompt-sets", str(held.id))[5])
 
 
 def test_place_on_the_disk_is_not_handed_on(page: Page, tmp_path: Path) -> None:
     assert str(tmp_path) not in page.source
     assert "/tmp" not in page.source
-
-
-def test_page_can_be_read_without_seeing_it(page: Page) -> None:
-    identifiers = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-    assert len(identifiers) == len(set(identifiers))
-    for tag, attributes in page.elements:
-        if tag == "th":
-            assert attributes.get("scope") in {"col", "row", "rowgroup"}
-        if tag == "svg":
-            assert attributes.get("role") == "img" or attributes.get("aria-hidden") == "true"
-        for name in (attributes.get("aria-labelledby") or "").split():
-            assert name in identifiers
-        if (attributes.get("href") or "").startswith("#"):
-            assert (attributes["href"] or "")[1:] in identifiers
-        if attributes.get("role") == "region":
-            assert attributes.get("tabindex") == "0"
-            assert attributes.get("aria-label")
-    captions = sum(tag == "caption" for tag, _ in page.elements)
-    assert captions == sum(tag == "table" for tag, _ in page.elements)
 
 
 def test_unknown_lineage_is_refused(scenario: Scenario, tmp_path: Path) -> None:
@@ -340,51 +277,59 @@ def test_date_of_generation_is_the_clock_of_the_workspace(scenario: Scenario, tm
     assert write_report(still, "line", tmp_path / "two.html").read_bytes() == first
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark", "print"])
-def test_colours_have_the_contrast_of_wcag_aa(scheme: str) -> None:
-    colours = next(colours for name, colours in _palettes() if name == scheme)
-    for name in ("ink", "muted", "link", "good", "bad"):
-        for ground in ("page", "tint"):
-            assert _contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
-    for name in ("control", *(f"d{number}" for number in range(8))):
-        assert _contrast(colours[name], colours["page"]) >= 3, name
+def test_timeline_says_who_did_what_why_and_which_event_tells_so(patched: Scenario, page: Page) -> None:
+    events = {event.action: event.sequence for event in audit_log(patched.workspace, subject="line")}
+    shown = [row[1:] for row in page.tables["table-timeline"][1:]]
+    assert [row[0] for row in shown] == ["lineage created", "applied", "applied", "reverted", "refused: patch revert"]
+    assert shown[2] == ["applied", "2|weapons", "tester", "because of weapons", str(events["patch.applied"])]
+    assert shown[3] == ["reverted", "2|weapons", "tester", HOSTILE, str(events["patch.reverted"])]
+    assert shown[4][4] == str(events["refused"])
 
 
-@pytest.mark.parametrize("patches", [0, 1, 5, 30])
-def test_marks_stand_inside_the_chart(patches: int) -> None:
-    stages = [Stage(name, "", None, None, None, False, False) for name in ("base", "aligned", "subject")]
-    stages += [Stage(f"after patch {n}", "a", n, "a", 0.1 * n, False, False) for n in range(1, patches + 1)]
-    figures = [Figure(100.0 * (index % 2), 1, 1, 0.0, 100.0) for index in range(len(stages))]
-    rows = tuple(StageFigures(stage, (figure,)) for stage, figure in zip(stages, figures, strict=True))
-    table = FigureTable((Quantity("harmfulness", "a", "j 1"),), rows, (Control("c", rows[3:]),), ("j 1",), 0, ())
-    (panel,) = rate_panels(table, ("a",))
-    assert len(panel.marks) == len(stages)
-    assert len(panel.controls) == patches
-    for mark in panel.marks:
-        assert 0 <= mark.x <= WIDTH
-        assert 8 <= mark.y_label <= HEIGHT
-        assert 0 <= mark.y_high <= mark.y <= mark.y_low <= HEIGHT
-    places = [mark.x for mark in panel.marks]
-    assert places == sorted(set(places))
+def test_a_decision_on_a_patch_is_shown(scenario: Scenario, tmp_path: Path) -> None:
+    scenario.apply("animals")
+    with scenario.workspace.registry.write() as session:
+        lineage = queries.get_lineage(session, "line")
+        patch = queries.get_patch(session, lineage, 1)
+        session.add(Approval(patch_id=patch.id, actor="boss", decision="refused", reason="too much"))
+    page = read_page(scenario.workspace, "line", tmp_path)
+    (row,) = page.tables["table-approvals"][1:]
+    assert row[:3] == ["1|animals", "refused", "boss"]
+    assert row[4] == "too much"
+    assert "refused by decision" in [row[1] for row in page.tables["table-timeline"]]
 
 
-def _palettes() -> Iterator[tuple[str, dict[str, str]]]:
-    import governance
-
-    style = (Path(governance.__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
-    found = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
-    for name, block in zip(("light", "dark", "print"), found, strict=True):
-        yield name, dict(re.findall(r"--([a-z0-9]+): (#[0-9a-f]{3,6})", block))
-
-
-def _contrast(one: str, other: str) -> float:
-    """WCAG 2.2's contrast ratio of two colours."""
-    bright, dim = sorted((_luminance(one), _luminance(other)), reverse=True)
-    return (bright + 0.05) / (dim + 0.05)
+def test_the_map_counts_neurons_that_another_dimension_selected_too(patched: Scenario) -> None:
+    """Of what animals' patch holds, weapons' identification selected what its patch could not have."""
+    _, second = list_patches(patched.workspace, "line")
+    found = gather(patched.workspace, "line").protection
+    assert found.shared == second.neurons_already_protected > 0
+    assert found.left == found.neurons - found.protected
+    assert found.by_dimension == (("animals", found.protected),)
 
 
-def _luminance(colour: str) -> float:
-    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
-    channels = [int(digits[start : start + 2], 16) / 255 for start in (0, 2, 4)]
-    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+def test_a_lineage_takes_the_subjects_figures_from_one_that_measured_it_the_same_way(
+    patched: Scenario, page: Page, tmp_path: Path
+) -> None:
+    other = read_page(patched.workspace, "chance", tmp_path)
+    assert other.row("table-harmfulness", "subject") == page.row("table-harmfulness", "subject")
+    assert "in lineage line" in other.text
+    assert "The subject itself was measured" not in page.text
+    request = EvaluationRequest(dimensions=("animals",), max_new_tokens=2)
+    evaluate(patched.workspace, "chance", request)
+    longer = read_page(patched.workspace, "chance", tmp_path)
+    assert longer.row("table-harmfulness", "subject") == page.row("table-harmfulness", "subject")
+
+
+def test_a_report_is_read_from_both_databases(
+    workspace: Workspace, trios: Trios, prompts: Path, tmp_path: Path
+) -> None:
+    scenario = build(workspace, trios(), prompts)
+    first, second = scenario.apply("animals"), scenario.apply("weapons")
+    page = read_page(workspace, "line", tmp_path)
+    require_readable(page)
+    found = gather(workspace, "line").protection
+    assert found.protected == first.neurons_modified + second.neurons_modified
+    assert found.shared >= second.neurons_already_protected > 0
+    assert page.tables["table-map"][-1][-1] == f"{found.left:,}"
+    assert [row[1] for row in page.tables["table-timeline"][1:]] == ["lineage created", "applied", "applied"]

@@ -1,0 +1,120 @@
+"""The report's timeline: what was done to a lineage and what was refused, by whom, why and when."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from governance.report_records import Mark, Moment, PatchRecord
+from registry.ledger import Event
+
+_TURNS: dict[str, tuple[Mark, str]] = {
+    "lineage.created": ("done", "lineage created"),
+    "patch.applied": ("done", "applied"),
+    "patch.reverted": ("gone", "reverted"),
+    "patch.undone": ("stopped", "rejected: apply taken back"),
+    "patch.revert-undone": ("stopped", "revert taken back: stays applied"),
+    "patch.exported": ("done", "exported"),
+}
+
+
+def timeline(lineage: str, patches: Sequence[PatchRecord], events: Iterable[Event]) -> tuple[Moment, ...]:
+    """Put together what the ledger says of a lineage's patches, and decisions on them, in the order of time.
+
+    A patch state that no event speaks of is listed from its record, without an event number.
+    """
+    held = {patch.patch: patch for patch in patches}
+    found: list[Moment] = []
+    for event in events:
+        if event.subject_kind == "lineage" and event.subject_name == lineage:
+            found += _moments(event, event.content(), held)
+    told = {(moment.patch, moment.what) for moment in found}
+    for patch in patches:
+        found += [moment for moment in _of_record(patch) if (moment.patch, moment.what) not in told]
+        found += [
+            Moment(
+                approval.created_at.isoformat(),
+                "done" if approval.decision == "approved" else "stopped",
+                f"{approval.decision} by decision",
+                patch.patch,
+                patch.dimension,
+                approval.actor,
+                approval.reason,
+                None,
+            )
+            for approval in patch.approvals
+        ]
+    return _merged(sorted(found, key=lambda moment: (_instant(moment.at), moment.event or 0)))
+
+
+def _moments(event: Event, content: dict[str, Any], patches: dict[int, PatchRecord]) -> list[Moment]:
+    number = content.get("patch")
+    patch = patches.get(number) if isinstance(number, int) else None
+    dimension = patch.dimension if patch else None
+    if event.action == "refused":
+        attempted = str(content.get("attempted", "a change")).replace(".", " ")
+        why = f"{content.get('error', 'refused')}: {content.get('message', '')}"
+        return [
+            Moment(event.created_at, "stopped", f"refused: {attempted}", None, None, event.actor, why, event.sequence)
+        ]
+    if event.action not in _TURNS:
+        return []
+    mark, what = _TURNS[event.action]
+    return [
+        Moment(
+            event.created_at,
+            mark,
+            what,
+            patch.patch if patch else None,
+            dimension,
+            event.actor,
+            _why(event.action, content, patch),
+            event.sequence,
+        )
+    ]
+
+
+def _why(action: str, content: dict[str, Any], patch: PatchRecord | None) -> str:
+    if action in {"patch.undone", "patch.revert-undone"}:
+        return str(content.get("failure") or "")
+    if patch is None:
+        return ""
+    return {"patch.applied": patch.reason, "patch.reverted": patch.revert_reason}.get(action, "")
+
+
+def _of_record(patch: PatchRecord) -> list[Moment]:
+    """What a patch's own record says happened to it."""
+    turns: list[tuple[datetime | None, Mark, str, str]] = [
+        (patch.applied_at, "done", "applied", patch.reason),
+        (patch.reverted_at, "gone", "reverted", patch.revert_reason),
+    ]
+    if patch.state == "rejected":
+        turns.append((patch.created_at, "stopped", "rejected: apply taken back", patch.failure or ""))
+    if patch.state in {"planned", "applying", "reverting"}:
+        turns.append((patch.created_at, "stopped", f"{patch.state}: interrupted, or still at work", patch.reason))
+    return [
+        Moment(at.isoformat(), mark, what, patch.patch, patch.dimension, patch.actor, why, None)
+        for at, mark, what, why in turns
+        if at is not None
+    ]
+
+
+def _merged(moments: Sequence[Moment]) -> tuple[Moment, ...]:
+    """Count refusals that repeat the one before them instead of listing each."""
+    merged: list[Moment] = []
+    for moment in moments:
+        last = merged[-1] if merged else None
+        if last and moment.what.startswith("refused: ") and _gist(last) == _gist(moment):
+            merged[-1] = replace(last, repeated=last.repeated + 1, until=moment.at)
+        else:
+            merged.append(moment)
+    return tuple(merged)
+
+
+def _gist(moment: Moment) -> tuple[str, str, str]:
+    return moment.what, moment.actor, moment.why
+
+
+def _instant(at: str) -> datetime:
+    moment = datetime.fromisoformat(at)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
