@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, cast
 
 from sqlalchemy import (
@@ -20,15 +21,18 @@ from sqlalchemy import (
     Boolean,
     Column,
     ColumnElement,
-    ForeignKeyConstraint,
+    CompoundSelect,
     Integer,
     String,
     Table,
     Text,
     except_,
     func,
+    literal,
+    null,
     select,
     type_coerce,
+    union_all,
 )
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.orm import InstrumentedAttribute, Session
@@ -69,13 +73,15 @@ class Kind:
     """A kind of record.
 
     Attributes:
-        word: what one of its records is called; with an s, what several are.
+        word: what one of its records is called.
+        words: what several are called.
         row: the table of their own rows, whose key is `id`.
         label: SQL of what tells one from another, after the word.
         parts: columns of other tables that hold the id of the record that a row belongs to.
     """
 
     word: Word
+    words: str
     row: type[Record]
     label: ColumnElement[str]
     parts: tuple[InstrumentedAttribute[int], ...] = ()
@@ -88,12 +94,13 @@ def _text(column: Any) -> ColumnElement[str]:
 _LINEAGE_OF_PATCH = select(Lineage.name).where(Lineage.id == Patch.lineage_id).scalar_subquery()
 
 KINDS = (
-    Kind("model", Model, _text(Model.name), (ModelFile.model_id, ModelTensor.model_id, ModelModule.model_id)),
-    Kind("dimension", SafetyDimension, _text(SafetyDimension.name)),
-    Kind("prompt set", PromptSet, _text(PromptSet.id)),
-    Kind("lineage", Lineage, _text(Lineage.name), (LineageFile.lineage_id, LineageTensor.lineage_id)),
+    Kind("model", "models", Model, _text(Model.name), (ModelFile.model_id, ModelTensor.model_id, ModelModule.model_id)),
+    Kind("dimension", "dimensions", SafetyDimension, _text(SafetyDimension.name)),
+    Kind("prompt set", "prompt sets", PromptSet, _text(PromptSet.id)),
+    Kind("lineage", "lineages", Lineage, _text(Lineage.name), (LineageFile.lineage_id, LineageTensor.lineage_id)),
     Kind(
         "identification",
+        "identifications",
         Identification,
         _text(Identification.id),
         (
@@ -104,11 +111,12 @@ KINDS = (
     ),
     Kind(
         "patch",
+        "patches",
         Patch,
         _text(Patch.sequence) + " of " + func.coalesce(_LINEAGE_OF_PATCH, "no lineage"),
         (PatchModule.patch_id, Approval.patch_id, ProtectedDirection.patch_id),
     ),
-    Kind("evaluation", Evaluation, _text(Evaluation.id)),
+    Kind("evaluation", "evaluations", Evaluation, _text(Evaluation.id)),
 )
 
 
@@ -163,6 +171,8 @@ def stored_records(session: Session, kind: Kind, ids: Collection[int] | None = N
         query = select(*(_as_stored(session, column) for column in columns))
         query = query.order_by(columns[place], *(_by_bytes(session, column) for column in table.primary_key))
         begin = f'["{table.name}",'
+        if owner.class_ is IdentifiedNeuron:
+            query = query.execution_options(yield_per=_CHUNK)  # they run to millions
         for values in _rows(session, query, columns[place], ids):
             identifier = values[place]
             if identifier not in digests:
@@ -203,20 +213,47 @@ def records_of_lineage(session: Session, lineage_id: int) -> dict[Word, set[int]
     return found
 
 
-def dangling_rows(session: Session) -> Iterator[tuple[str, str]]:
-    """Every value of a foreign key that names no row, as the database would refuse it: columns and value, table."""
-    for table in Base.metadata.sorted_tables:
-        for constraint in sorted(table.foreign_key_constraints, key=lambda held: str(held.name)):
-            yield from _dangling(session, table, constraint)
+@dataclass(frozen=True)
+class DanglingRows:
+    """Rows of a table whose foreign key names no row, as no database would let it with its constraints on.
+
+    Attributes:
+        table: where they are.
+        key: the columns of the key with their values.
+        missing: the table that has no such row.
+    """
+
+    table: str
+    key: str
+    missing: str
 
 
-def _dangling(session: Session, table: Table, constraint: ForeignKeyConstraint) -> Iterator[tuple[str, str]]:
-    columns = list(constraint.columns)
-    named = [element.column for element in constraint.elements]
-    present = [column.is_not(None) for column in columns]
-    for values in session.execute(except_(select(*columns).where(*present), select(*named))):
-        what = ", ".join(f"{column.name} {value}" for column, value in zip(columns, values, strict=True))
-        yield f"{table.name} of {what}", constraint.referred_table.name
+def dangling_rows(session: Session) -> Iterator[DanglingRows]:
+    """Every value of a foreign key, of any table, that names no row."""
+    for number, *values in session.execute(_dangling()):
+        constraint = _FOREIGN_KEYS[number]
+        key = ", ".join(f"{column.name} {value}" for column, value in zip(constraint.columns, values, strict=False))
+        yield DanglingRows(constraint.table.name, key, constraint.referred_table.name)
+
+
+_FOREIGN_KEYS = tuple(
+    constraint
+    for table in Base.metadata.sorted_tables
+    for constraint in sorted(table.foreign_key_constraints, key=lambda held: str(held.name))
+)
+
+
+@cache
+def _dangling() -> CompoundSelect[Any]:
+    """The place of each foreign key in `_FOREIGN_KEYS` with the values, as text, that name no row; two at most."""
+    found = []
+    for number, constraint in enumerate(_FOREIGN_KEYS):
+        columns = list(constraint.columns)
+        present = select(*columns).where(*(column.is_not(None) for column in columns))
+        lost = except_(present, select(*(element.column for element in constraint.elements))).subquery()
+        values = [_text(column) for column in lost.c]
+        found.append(select(literal(number), *values, *[_text(null())] * (2 - len(values))))
+    return union_all(*found)
 
 
 def _table(row: type[Base]) -> Table:
@@ -226,7 +263,7 @@ def _table(row: type[Base]) -> Table:
 def _rows(session: Session, query: Any, owner: Any, ids: Collection[int] | None) -> Any:
     if ids is not None:
         query = query.where(owner.in_(ids))
-    return session.execute(query, execution_options={"yield_per": _CHUNK})
+    return session.execute(query)
 
 
 def _as_stored(session: Session, column: Column[Any]) -> ColumnElement[Any]:
