@@ -1,10 +1,10 @@
 """The digest of a record: what an event says of it, and what shows that it was edited behind the ledger's back.
 
 A record is a row and the rows that belong to it: a patch with what it did to each module, a model with its files,
-tensors and modules. Its digest is the SHA-256 of those rows as they are stored, one JSON line each: the record's own
-row first, then those of its parts in the order of `KINDS`, each table by primary key. A line is
-`["TABLE",{"COLUMN":value,…}]` with sorted names and without the columns that are NULL, so that a later schema may add
-columns that are NULL in older records.
+tensors and modules. Its digest is the SHA-256 of those rows as they are stored: one line of JSON for each table that
+holds some, its own first, then the others in the order of `KINDS`. A line is `["TABLE",{"COLUMN":value,…},…]`, the rows
+by primary key, the columns by name and without those that are NULL, so that a later schema may add columns that are
+NULL in older records. JSON and times are texts, truths 0 or 1, floats have the fewest digits that name them.
 
 Claims (`protected_neurons`) are in no digest: they run to millions, and stand in the patch artifacts too.
 """
@@ -13,6 +13,9 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from typing import Any, Literal, cast
 
 from sqlalchemy import (
@@ -20,15 +23,18 @@ from sqlalchemy import (
     Boolean,
     Column,
     ColumnElement,
-    ForeignKeyConstraint,
+    CompoundSelect,
     Integer,
     String,
     Table,
     Text,
     except_,
     func,
+    literal,
+    null,
     select,
     type_coerce,
+    union_all,
 )
 from sqlalchemy import cast as sql_cast
 from sqlalchemy.orm import InstrumentedAttribute, Session
@@ -61,7 +67,7 @@ Record = Model | SafetyDimension | PromptSet | Lineage | Identification | Patch 
 Word = Literal["model", "dimension", "prompt set", "lineage", "identification", "patch", "evaluation"]
 
 _CHUNK = 10_000
-_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=repr).encode
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=repr).encode
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,15 @@ class Kind:
     """A kind of record.
 
     Attributes:
-        word: what one of its records is called; with an s, what several are.
+        word: what one of its records is called.
+        words: what several are called.
         row: the table of their own rows, whose key is `id`.
         label: SQL of what tells one from another, after the word.
         parts: columns of other tables that hold the id of the record that a row belongs to.
     """
 
     word: Word
+    words: str
     row: type[Record]
     label: ColumnElement[str]
     parts: tuple[InstrumentedAttribute[int], ...] = ()
@@ -88,12 +96,13 @@ def _text(column: Any) -> ColumnElement[str]:
 _LINEAGE_OF_PATCH = select(Lineage.name).where(Lineage.id == Patch.lineage_id).scalar_subquery()
 
 KINDS = (
-    Kind("model", Model, _text(Model.name), (ModelFile.model_id, ModelTensor.model_id, ModelModule.model_id)),
-    Kind("dimension", SafetyDimension, _text(SafetyDimension.name)),
-    Kind("prompt set", PromptSet, _text(PromptSet.id)),
-    Kind("lineage", Lineage, _text(Lineage.name), (LineageFile.lineage_id, LineageTensor.lineage_id)),
+    Kind("model", "models", Model, _text(Model.name), (ModelFile.model_id, ModelTensor.model_id, ModelModule.model_id)),
+    Kind("dimension", "dimensions", SafetyDimension, _text(SafetyDimension.name)),
+    Kind("prompt set", "prompt sets", PromptSet, _text(PromptSet.id)),
+    Kind("lineage", "lineages", Lineage, _text(Lineage.name), (LineageFile.lineage_id, LineageTensor.lineage_id)),
     Kind(
         "identification",
+        "identifications",
         Identification,
         _text(Identification.id),
         (
@@ -104,11 +113,12 @@ KINDS = (
     ),
     Kind(
         "patch",
+        "patches",
         Patch,
         _text(Patch.sequence) + " of " + func.coalesce(_LINEAGE_OF_PATCH, "no lineage"),
         (PatchModule.patch_id, Approval.patch_id, ProtectedDirection.patch_id),
     ),
-    Kind("evaluation", Evaluation, _text(Evaluation.id)),
+    Kind("evaluation", "evaluations", Evaluation, _text(Evaluation.id)),
 )
 
 
@@ -155,24 +165,39 @@ def stored_records(session: Session, kind: Kind, ids: Collection[int] | None = N
     digests = {identifier: hashlib.sha256() for identifier in names}
     unreadable: set[int] = set()
     for owner in (kind.row.id, *kind.parts):
-        table: Table = owner.class_.__table__
-        columns = tuple(table.c)
-        titles = [column.name for column in columns]
-        place = titles.index(owner.key)
-        checks = [(number, check) for number, column in enumerate(columns) if (check := _check_of(column)) is not None]
-        query = select(*(_as_stored(session, column) for column in columns))
-        query = query.order_by(columns[place], *(_by_bytes(session, column) for column in table.primary_key))
-        begin = f'["{table.name}",'
-        for values in _rows(session, query, columns[place], ids):
-            identifier = values[place]
+        for identifier, piece, readable in _pieces(session, owner, ids):
             if identifier not in digests:
-                continue  # belongs to no record: `dangling_rows` names it
-            held = {name: value for name, value in zip(titles, values, strict=True) if value is not None}
-            digests[identifier].update(f"{begin}{_encode(held)}]\n".encode("utf-8", "surrogatepass"))
-            if not all(check(values[number]) for number, check in checks):
+                continue  # it belongs to no record: `dangling_rows` names it
+            digests[identifier].update(piece.encode("utf-8", "surrogatepass"))
+            if not readable:
                 unreadable.add(identifier)
     for identifier, name in names.items():
         yield StoredRecord(kind.word, name, digests[identifier].hexdigest(), identifier not in unreadable)
+
+
+def _pieces(
+    session: Session, owner: InstrumentedAttribute[int], ids: Collection[int] | None
+) -> Iterator[tuple[int, str, bool]]:
+    """A table's lines of JSON, one for each record, in pieces: the record's id, text, whether what it says is read."""
+    table: Table = owner.class_.__table__
+    columns = sorted(table.c, key=lambda column: column.name)
+    titles = [column.name for column in columns]
+    place = titles.index(owner.key)
+    checks = [(number, check) for number, column in enumerate(columns) if (check := _check_of(column)) is not None]
+    query = select(*(_as_stored(session, column) for column in columns))
+    query = query.order_by(columns[place], *(_by_bytes(session, column) for column in table.primary_key))
+    if owner.class_ is IdentifiedNeuron:
+        query = query.execution_options(yield_per=_CHUNK)  # they run to millions
+    stored = chain.from_iterable(_rows(session, query, columns[place], ids).partitions(_CHUNK))
+    for identifier, rows in groupby(stored, itemgetter(place)):
+        yield identifier, f'["{table.name}"', True
+        while chunk := list(islice(rows, _CHUNK)):
+            held = [
+                {title: value for title, value in zip(titles, row, strict=True) if value is not None} for row in chunk
+            ]
+            readable = all(check(row[number]) for number, check in checks for row in chunk)
+            yield identifier, f",{_encode(held)[1:-1]}", readable
+        yield identifier, "]\n", True
 
 
 def records_of_lineage(session: Session, lineage_id: int) -> dict[Word, set[int]]:
@@ -203,20 +228,47 @@ def records_of_lineage(session: Session, lineage_id: int) -> dict[Word, set[int]
     return found
 
 
-def dangling_rows(session: Session) -> Iterator[tuple[str, str]]:
-    """Every value of a foreign key that names no row, as the database would refuse it: columns and value, table."""
-    for table in Base.metadata.sorted_tables:
-        for constraint in sorted(table.foreign_key_constraints, key=lambda held: str(held.name)):
-            yield from _dangling(session, table, constraint)
+@dataclass(frozen=True)
+class DanglingRows:
+    """Rows of a table whose foreign key names no row, as no database would let it with its constraints on.
+
+    Attributes:
+        table: where they are.
+        key: the columns of the key with their values.
+        missing: the table that has no such row.
+    """
+
+    table: str
+    key: str
+    missing: str
 
 
-def _dangling(session: Session, table: Table, constraint: ForeignKeyConstraint) -> Iterator[tuple[str, str]]:
-    columns = list(constraint.columns)
-    named = [element.column for element in constraint.elements]
-    present = [column.is_not(None) for column in columns]
-    for values in session.execute(except_(select(*columns).where(*present), select(*named))):
-        what = ", ".join(f"{column.name} {value}" for column, value in zip(columns, values, strict=True))
-        yield f"{table.name} of {what}", constraint.referred_table.name
+def dangling_rows(session: Session) -> Iterator[DanglingRows]:
+    """Every value of a foreign key, of any table, that names no row."""
+    for number, *values in session.execute(_dangling()):
+        constraint = _FOREIGN_KEYS[number]
+        key = ", ".join(f"{column.name} {value}" for column, value in zip(constraint.columns, values, strict=False))
+        yield DanglingRows(constraint.table.name, key, constraint.referred_table.name)
+
+
+_FOREIGN_KEYS = tuple(
+    constraint
+    for table in Base.metadata.sorted_tables
+    for constraint in sorted(table.foreign_key_constraints, key=lambda held: str(held.name))
+)
+
+
+@cache
+def _dangling() -> CompoundSelect[Any]:
+    """The place of each foreign key in `_FOREIGN_KEYS` with the values, as text, that name no row; two at most."""
+    found = []
+    for number, constraint in enumerate(_FOREIGN_KEYS):
+        columns = list(constraint.columns)
+        present = select(*columns).where(*(column.is_not(None) for column in columns))
+        lost = except_(present, select(*(element.column for element in constraint.elements))).subquery()
+        values = [_text(column) for column in lost.c]
+        found.append(select(literal(number), *values, *[_text(null())] * (2 - len(values))))
+    return union_all(*found)
 
 
 def _table(row: type[Base]) -> Table:
@@ -226,7 +278,7 @@ def _table(row: type[Base]) -> Table:
 def _rows(session: Session, query: Any, owner: Any, ids: Collection[int] | None) -> Any:
     if ids is not None:
         query = query.where(owner.in_(ids))
-    return session.execute(query, execution_options={"yield_per": _CHUNK})
+    return session.execute(query)
 
 
 def _as_stored(session: Session, column: Column[Any]) -> ColumnElement[Any]:

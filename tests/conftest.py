@@ -13,7 +13,7 @@ from tests.databases import (  # noqa: F401  pytest finds fixtures by name here
     sqlite_databases,
     sqlite_registry,
 )
-from tests.fault_tally import TALLY, Tally
+from tests.fault_tally import EDIT_TALLY, TALLY, EditTally, Tally
 
 # A deadline fails a test for what else the machine was doing.
 settings.register_profile("neuronledger", deadline=None)
@@ -26,8 +26,16 @@ def fault_tally(pytestconfig: pytest.Config) -> Tally:
     return pytestconfig.stash.setdefault(TALLY, Tally())
 
 
+@pytest.fixture(scope="session")
+def edit_tally(pytestconfig: pytest.Config) -> EditTally:
+    """Counts the edits of the record that tests try, for the last lines of the run."""
+    return pytestconfig.stash.setdefault(EDIT_TALLY, EditTally())
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say how many faults were tried, if any."""
-    tally = config.stash.get(TALLY, Tally())
+    """Say how many faults and edits were tried, if any."""
+    tally, edits = config.stash.get(TALLY, Tally()), config.stash.get(EDIT_TALLY, EditTally())
     if tally.points:
         terminalreporter.write_line(str(tally))
+    if edits.edits:
+        terminalreporter.write_line(str(edits))

@@ -1,4 +1,4 @@
-"""How many faults a run of the tests has tried."""
+"""How many faults a run of the tests has tried, and how many edits of the record."""
 
 from dataclasses import dataclass
 
@@ -22,4 +22,16 @@ class Tally:
         return f"fault injection: {self.points} points tried, {self.kills} kills, {self.mixtures} mixtures"
 
 
+@dataclass
+class EditTally:
+    """How many edits of rows, artifacts and events were tried, and how many of them audit verify did not name."""
+
+    edits: int = 0
+    unnoticed: int = 0
+
+    def __str__(self) -> str:
+        return f"edits behind the ledger's back: {self.edits} tried, {self.unnoticed} not named by audit verify"
+
+
 TALLY = pytest.StashKey[Tally]()
+EDIT_TALLY = pytest.StashKey[EditTally]()

@@ -1,0 +1,239 @@
+"""Whatever is edited in SQL behind the ledger's back, in any table, `audit verify` finds, and names the record.
+
+No column is left out but those of `alembic_version`, without which no registry is opened, and of a lock while a patch
+is being written: it is gone when that is done.
+"""
+
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text, update
+
+from governance.auditing import verify
+from governance.catalogue import register_dimension, register_model
+from governance.evaluation import EvaluationRequest, evaluate
+from governance.lineages import create_lineage
+from governance.prompt_sets import PromptSource
+from governance.workspace import Workspace
+from registry import ledger
+from registry.database import Registry
+from registry.heads import Head
+from registry.record_digests import KINDS
+from registry.schema import Base, LedgerEvent, Patch, SafetyDimension
+from tests.databases import PostgreSQLDatabases, SQLiteDatabases
+from tests.fault_tally import EditTally
+from tests.governance.conftest import Trios
+from tests.governance.faults import flip_byte
+from tests.governance.scenarios import Scenario, build
+from tests.governance.tampering import Attacker, Edit, edits
+
+TUNED = "tuned"
+
+
+def govern(workspace: Workspace, trios: Trios, continued: Trios, prompts: Path, place: Path) -> Workspace:
+    """Two lineages, of a full checkpoint and of an adapter, with FGSN and NLSR patches, one taken back, and figures."""
+    full = build(workspace, trios(), prompts)
+    adapters = continued()
+    register_model(workspace, "tuned-aligned", adapters.aligned, "aligned", "base")
+    register_model(workspace, "tuned-subject", adapters.subject, "subject", "base", made_from={"seed": 4})
+    create_lineage(workspace, TUNED, subject="tuned-subject", aligned="tuned-aligned", base="base")
+    tuned = Scenario(workspace, adapters, TUNED)
+    full.apply("weapons")
+    full.apply("animals", method="nlsr")
+    full.apply("insults", budget=0.2)
+    full.revert(2)
+    tuned.apply("animals")
+    tuned.apply("weapons", method="nlsr")
+    unanswered = {name: PromptSource(str(prompts / f"{name}.jsonl")) for name in ("animals.heldout", "benign")}
+    register_dimension(workspace, "unanswered", dict(zip(("harmful", "benign"), unanswered.values(), strict=True)))
+    full.identify("unanswered")
+    questions = place / "questions.jsonl"
+    questions.write_text(json.dumps({"prompt": "what is the water ?", "answer": "a story"}) + "\n")
+    accuracy = {"accuracy": PromptSource(str(questions), answer_column="answer")}
+    for name in ("line", TUNED):
+        for stage in ("head", "aligned"):
+            evaluate(workspace, name, EvaluationRequest(model=stage, accuracy=accuracy, max_new_tokens=2))
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def pristine(
+    tmp_path_factory: pytest.TempPathFactory,
+    sqlite_databases: SQLiteDatabases,
+    trios: Trios,
+    continued: Trios,
+    prompts: Path,
+) -> tuple[Path, Path]:
+    """Where a governed registry in SQLite has to lie, and a copy to put there."""
+    place = tmp_path_factory.mktemp("governed") / "registry"
+    with Registry.open(sqlite_databases.migrated(place)) as registry:
+        govern(Workspace(registry=registry, actor="tester"), trios, continued, prompts, place.parent)
+    copy = place.with_name("copy")
+    shutil.copytree(place, copy)
+    return place, copy
+
+
+@pytest.fixture
+def governed_sqlite(pristine: tuple[Path, Path]) -> Iterator[Workspace]:
+    """In SQLite."""
+    place, copy = pristine
+    shutil.rmtree(place)
+    shutil.copytree(copy, place)
+    with Registry.open(f"sqlite:///{place / 'registry.db'}") as registry:
+        yield Workspace(registry=registry, actor="tester")
+
+
+@pytest.fixture
+def governed_postgresql(
+    postgresql_databases: PostgreSQLDatabases, tmp_path: Path, trios: Trios, continued: Trios, prompts: Path
+) -> Iterator[Workspace]:
+    """In PostgreSQL."""
+    with Registry.open(postgresql_databases.migrated(tmp_path), directory=tmp_path / "registry") as registry:
+        yield govern(Workspace(registry=registry, actor="tester"), trios, continued, prompts, tmp_path)
+    postgresql_databases.clean()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
+def governed(request: pytest.FixtureRequest) -> Workspace:
+    """On both databases."""
+    workspace: Workspace = request.getfixturevalue(f"governed_{request.param}")
+    return workspace
+
+
+def names(edit: Edit, subjects: set[str]) -> bool:
+    """Whether one of the subjects of findings is what was edited."""
+    return not subjects.isdisjoint(edit.named)
+
+
+def test_any_edit_of_any_column_or_row_is_found_and_named(governed: Workspace, edit_tally: EditTally) -> None:
+    """With PostgreSQL, where every question is a round trip, in fewer rows."""
+    rows = 2 if governed.registry.engine.dialect.name == "sqlite" else 1
+    tried: Counter[str] = Counter()
+    unnoticed = []
+    with Attacker.of(governed) as attacker:
+        assert verify(attacker.workspace).findings == ()
+        for edit in edits(attacker, random.Random(7), rows):
+            findings = attacker.findings(edit)
+            if findings is None:
+                continue
+            tried[edit.table] += 1
+            if not names(edit, {finding.subject for finding in findings}):
+                unnoticed.append((edit.what, findings))
+        assert verify(attacker.workspace).findings == ()
+    edit_tally.edits += tried.total()
+    edit_tally.unnoticed += len(unnoticed)
+    assert unnoticed == []
+    assert tried.keys() == Base.metadata.tables.keys()
+    assert tried.total() >= 340 * rows
+
+
+def test_any_changed_byte_of_any_artifact_is_found_and_named(governed_sqlite: Workspace, edit_tally: EditTally) -> None:
+    store, chosen = governed_sqlite.store, random.Random(7)
+    unnoticed = []
+    for digest in store.list():
+        path = store.path(digest)
+        size = path.stat().st_size
+        for position in {0, size - 1, chosen.randrange(size)}:
+            bit = 1 << chosen.randrange(8)
+            flip_byte(path, position, bit)
+            found = [finding for finding in verify(governed_sqlite).findings if finding.check == "artifact"]
+            edit_tally.edits += 1
+            if [digest in finding.problem for finding in found] != [True]:
+                unnoticed.append((digest, position, found))
+            flip_byte(path, position, bit)
+    edit_tally.unnoticed += len(unnoticed)
+    assert unnoticed == []
+
+
+def test_a_lineage_alone_is_told_of_its_own_records_only(governed_sqlite: Workspace) -> None:
+    own = {"patches", "patch_modules", "identifications", "layer_scores", "evaluations", "lineage_tensors"}
+    told = Counter[str]()
+    with Attacker.of(governed_sqlite) as attacker:
+        for name in ("line", TUNED):
+            assert verify(attacker.workspace, lineage=name).findings == ()
+        tried = [edit for edit in edits(attacker, random.Random(3), 1) if edit.table in own]
+        for edit in random.Random(3).sample(tried, 40):
+            found = {name: attacker.findings(edit, lineage=name) or () for name in ("line", TUNED)}
+            concerned = [name for name in found if names(edit, {finding.subject for finding in found[name]})]
+            assert concerned or found["line"] == (), edit.what
+            told.update(concerned if len(concerned) == 1 else ())
+            if len(concerned) == 1 and not any("no such row" in finding.problem for finding in found[concerned[0]]):
+                assert [name for name in found if found[name]] == concerned, edit.what
+    assert min(told["line"], told[TUNED]) > 10
+
+
+def test_an_edit_stays_found_when_a_later_event_moves_the_record(governed_sqlite: Workspace) -> None:
+    """The revert's event takes the edited reason and the edited digest of a tensor into its digests."""
+    with governed_sqlite.registry.write() as session:
+        session.execute(update(Patch).where(Patch.sequence == 3).values(reason="a better reason"))
+        session.execute(text("UPDATE lineage_files SET modified_ns = modified_ns + 1 WHERE lineage_id = 2"))
+    Scenario(governed_sqlite, None, "line").revert(3)  # type: ignore[arg-type]
+    Scenario(governed_sqlite, None, TUNED).revert(2)  # type: ignore[arg-type]
+    edited = [finding.subject for finding in verify(governed_sqlite).findings if "edited after" in finding.problem]
+    assert edited == ["lineage tuned", "patch 3 of line"]
+
+
+def test_records_from_before_the_ledger_held_digests_are_counted_and_compared_in_words(
+    governed_sqlite: Workspace,
+) -> None:
+    _forget_digests(governed_sqlite, before=10**6)
+    outcome = verify(governed_sqlite)
+    assert outcome.findings == ()
+    counts = "5 models, 4 dimensions, 10 prompt sets, 2 lineages, 6 identifications, 5 patches, 8 evaluations"
+    assert outcome.not_checked[0] == f"every column of {counts}, recorded before the ledger held digests of records"
+    with governed_sqlite.registry.write() as session:
+        session.execute(update(Patch).where(Patch.id == 1).values(neurons_modified=1))
+        session.execute(update(SafetyDimension).values(description="another"))
+    assert {finding.subject for finding in verify(governed_sqlite).findings} == {"patch 1 of line"}
+
+
+def test_what_is_recorded_after_older_records_has_digests(governed_sqlite: Workspace) -> None:
+    with governed_sqlite.registry.read() as session:
+        last = max(event.sequence for event in ledger.events(session))
+    _forget_digests(governed_sqlite, before=last)
+    scenario = Scenario(governed_sqlite, None, "line")  # type: ignore[arg-type]
+    scenario.revert(3)
+    outcome = verify(governed_sqlite)
+    assert outcome.findings == ()
+    assert "1 lineages, 6 identifications, 4 patches, 6 evaluations" in outcome.not_checked[0]
+    with governed_sqlite.registry.write() as session:
+        session.execute(update(Patch).where(Patch.sequence == 3).values(rows_unchanged=7))
+    assert "patch 3 of line" in {finding.subject for finding in verify(governed_sqlite).findings}
+
+
+def test_every_table_is_part_of_a_record_or_compared_otherwise() -> None:
+    parts = {owner.class_.__tablename__ for kind in KINDS for owner in (kind.row.id, *kind.parts)}
+    otherwise = {"protected_neurons", "lineage_locks", "ledger_events"}
+    assert parts | otherwise == Base.metadata.tables.keys()
+    assert not parts & otherwise
+
+
+def _forget_digests(workspace: Workspace, before: int) -> None:
+    """Rewrite the ledger as an older version would have written it, up to an event."""
+    with workspace.registry.write() as session:
+        for name in ("ledger_events_no_update", "ledger_events_continue"):
+            session.execute(text(f"DROP TRIGGER {name}"))
+        previous, last = ledger.GENESIS, None
+        for event in list(ledger.events(session)):
+            content = event.content()
+            if event.sequence < before:
+                content = {name: value for name, value in content.items() if not name.startswith("records")}
+            fields = {
+                **{name: getattr(event, name) for name in ("sequence", "created_at", "actor", "action")},
+                "subject_kind": event.subject_kind,
+                "subject_name": event.subject_name,
+                "payload": ledger.canonical(content).decode(),
+                "previous_hash": previous,
+            }
+            previous = ledger.event_hash(**fields)
+            rewritten = update(LedgerEvent).where(LedgerEvent.sequence == event.sequence)
+            session.execute(rewritten.values(**fields, hash=previous))
+            last = Head(event.sequence, previous, event.created_at)
+    workspace.registry.heads.path.unlink()
+    assert last is not None
+    workspace.registry.heads.append(last)
