@@ -1,10 +1,10 @@
 """The digest of a record: what an event says of it, and what shows that it was edited behind the ledger's back.
 
 A record is a row and the rows that belong to it: a patch with what it did to each module, a model with its files,
-tensors and modules. Its digest is the SHA-256 of those rows as they are stored, one JSON line each: the record's own
-row first, then those of its parts in the order of `KINDS`, each table by primary key. A line is
-`["TABLE",{"COLUMN":value,…}]` with sorted names and without the columns that are NULL, so that a later schema may add
-columns that are NULL in older records.
+tensors and modules. Its digest is the SHA-256 of those rows as they are stored: one line of JSON for each table that
+holds some, its own first, then the others in the order of `KINDS`. A line is `["TABLE",{"COLUMN":value,…},…]`, the rows
+by primary key, the columns by name and without those that are NULL, so that a later schema may add columns that are
+NULL in older records. JSON and times are texts, truths 0 or 1, floats have the fewest digits that name them.
 
 Claims (`protected_neurons`) are in no digest: they run to millions, and stand in the patch artifacts too.
 """
@@ -14,6 +14,8 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from typing import Any, Literal, cast
 
 from sqlalchemy import (
@@ -65,7 +67,7 @@ Record = Model | SafetyDimension | PromptSet | Lineage | Identification | Patch 
 Word = Literal["model", "dimension", "prompt set", "lineage", "identification", "patch", "evaluation"]
 
 _CHUNK = 10_000
-_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=repr).encode
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=repr).encode
 
 
 @dataclass(frozen=True)
@@ -163,26 +165,39 @@ def stored_records(session: Session, kind: Kind, ids: Collection[int] | None = N
     digests = {identifier: hashlib.sha256() for identifier in names}
     unreadable: set[int] = set()
     for owner in (kind.row.id, *kind.parts):
-        table: Table = owner.class_.__table__
-        columns = tuple(table.c)
-        titles = [column.name for column in columns]
-        place = titles.index(owner.key)
-        checks = [(number, check) for number, column in enumerate(columns) if (check := _check_of(column)) is not None]
-        query = select(*(_as_stored(session, column) for column in columns))
-        query = query.order_by(columns[place], *(_by_bytes(session, column) for column in table.primary_key))
-        begin = f'["{table.name}",'
-        if owner.class_ is IdentifiedNeuron:
-            query = query.execution_options(yield_per=_CHUNK)  # they run to millions
-        for values in _rows(session, query, columns[place], ids):
-            identifier = values[place]
+        for identifier, piece, readable in _pieces(session, owner, ids):
             if identifier not in digests:
-                continue  # belongs to no record: `dangling_rows` names it
-            held = {name: value for name, value in zip(titles, values, strict=True) if value is not None}
-            digests[identifier].update(f"{begin}{_encode(held)}]\n".encode("utf-8", "surrogatepass"))
-            if not all(check(values[number]) for number, check in checks):
+                continue  # it belongs to no record: `dangling_rows` names it
+            digests[identifier].update(piece.encode("utf-8", "surrogatepass"))
+            if not readable:
                 unreadable.add(identifier)
     for identifier, name in names.items():
         yield StoredRecord(kind.word, name, digests[identifier].hexdigest(), identifier not in unreadable)
+
+
+def _pieces(
+    session: Session, owner: InstrumentedAttribute[int], ids: Collection[int] | None
+) -> Iterator[tuple[int, str, bool]]:
+    """A table's lines of JSON, one for each record, in pieces: the record's id, text, whether what it says is read."""
+    table: Table = owner.class_.__table__
+    columns = sorted(table.c, key=lambda column: column.name)
+    titles = [column.name for column in columns]
+    place = titles.index(owner.key)
+    checks = [(number, check) for number, column in enumerate(columns) if (check := _check_of(column)) is not None]
+    query = select(*(_as_stored(session, column) for column in columns))
+    query = query.order_by(columns[place], *(_by_bytes(session, column) for column in table.primary_key))
+    if owner.class_ is IdentifiedNeuron:
+        query = query.execution_options(yield_per=_CHUNK)  # they run to millions
+    stored = chain.from_iterable(_rows(session, query, columns[place], ids).partitions(_CHUNK))
+    for identifier, rows in groupby(stored, itemgetter(place)):
+        yield identifier, f'["{table.name}"', True
+        while chunk := list(islice(rows, _CHUNK)):
+            held = [
+                {title: value for title, value in zip(titles, row, strict=True) if value is not None} for row in chunk
+            ]
+            readable = all(check(row[number]) for number, check in checks for row in chunk)
+            yield identifier, f",{_encode(held)[1:-1]}", readable
+        yield identifier, "]\n", True
 
 
 def records_of_lineage(session: Session, lineage_id: int) -> dict[Word, set[int]]:
