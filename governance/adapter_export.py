@@ -24,8 +24,9 @@ from algorithms.weights import AdapterWeights, CheckpointWeights
 from governance.adapter_files import rank_and_alpha
 from governance.catalogue import weights_of
 from governance.errors import InputError, PlanError, SpaceError
+from governance.output_files import publish, temporary_beside
 from governance.patch_artifact import BLOCK_BYTES, ArtifactModule, PatchArtifact, open_artifact
-from governance.patch_export import exportable_patch, publish, record_export, temporary_beside
+from governance.patch_export import exportable_patch, record_export
 from governance.patch_file import provenance_metadata
 from governance.provenance import Provenance
 from governance.row_figures import widened

@@ -11,24 +11,25 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from algorithms.adapters import ADAPTER_CONFIG
-from governance.ledger_proof import check_proof, read_evidence
 from governance.lineage_state import Recorded, recorded_state
 from governance.patch_artifact import PatchArtifact, open_artifact
+from governance.proof_checks import check_proof, read_evidence
 from governance.record_checks import (
     Disagreement,
     RecordCheck,
     check_records,
     check_registration,
     check_states,
-    event_payload,
 )
+from governance.told_records import event_payload
 from governance.weight_state import changed_file, changed_files
 from governance.working_files import measure_working
 from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
 from registry import claims, ledger, queries
 from registry.errors import ArtifactError
-from registry.record_digests import Word, records_of_lineage
+from registry.record_digests import records_of_lineage
+from registry.record_forms import Word
 from registry.schema import Identification, Lineage, Model, Patch, PromptSet
 from registry.signatures import SignedBy
 

@@ -4,22 +4,20 @@ The file is written under a temporary name and flushed; then the ledger keeps it
 name. So there is no exported file that the ledger does not know of.
 """
 
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from governance.errors import InputError, PatchFileError, PlanError, SpaceError
+from governance.errors import PatchFileError, PlanError
+from governance.output_files import publish, require_free, temporary_beside
 from governance.patch_artifact import PatchArtifact, open_artifact
 from governance.patch_file import write_patch_file
 from governance.provenance import Provenance
 from governance.working_checkpoint import require_space
 from governance.workspace import Workspace
 from registry import claims, queries
-from registry.files import sync_directory
 from registry.schema import Patch
 
 
@@ -138,47 +136,6 @@ def record_export(
             "artifact": provenance.artifact,
         },
     )
-
-
-def require_free(target: Path, *, force: bool) -> None:
-    """Refuse to write over something.
-
-    Raises:
-        InputError: the path is a directory, or a file and may not be replaced, or its directory is not there.
-    """
-    if target.is_dir():
-        raise InputError(f"{target} is a directory", "name a file in it")
-    if not target.parent.is_dir():
-        raise InputError(f"{target.parent} is not a directory", "make it first")
-    if target.exists() and not force:
-        raise InputError(f"{target} exists", "name another file, or replace it with --force")
-
-
-@contextmanager
-def temporary_beside(target: Path) -> Iterator[Path]:
-    """Give a free name in the directory of `target`; what is still there at exit is removed."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.writing")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def publish(temporary: Path, target: Path) -> None:
-    """Give a flushed file its name.
-
-    Raises:
-        SpaceError: the file cannot be renamed; it is gone then.
-    """
-    try:
-        temporary.replace(target)
-        sync_directory(target.parent)
-    except OSError as error:
-        if not temporary.exists():
-            target.unlink(missing_ok=True)
-        raise SpaceError(
-            f"{target} cannot be written: {error.strerror or error}", "mend the permissions of its directory"
-        ) from error
 
 
 def _is_claimed(session: Session, patch: Patch, artifact: PatchArtifact) -> bool:

@@ -7,26 +7,25 @@ held them; what events say in words is compared with every record.
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from governance.provenance import origin_digest
+from governance.told_records import STATE_AFTER, ToldPatches, ToldRecords, event_payload
 from registry import ledger, queries
 from registry.record_digests import (
     KINDS,
-    StoredRecord,
-    Word,
     dangling_rows,
     record_names,
     stored_records,
 )
+from registry.record_forms import Word
 from registry.schema import Lineage, LineageLock, Model, Patch, ProtectedNeuron
 
 
@@ -69,7 +68,7 @@ def check_records(
         lineage: compare only what the ledger tells of this lineage and `chosen`.
         chosen: kind → ids of what belongs to the lineage and what it rests on (`records_of_lineage`).
     """
-    told = _Told.by(events)
+    told = ToldRecords.by(events)
     ours = told.names(lineage)
     dangling = list(dangling_rows(session))
     readable = all(rows.table == ProtectedNeuron.__tablename__ for rows in dangling)  # claims are read without
@@ -93,64 +92,6 @@ def check_records(
             found += [Disagreement(record.name, problem) for problem in told.problems(record)]
     found += _idle_locks(session, lineage)
     return RecordCheck(tuple(found), dict(compared), dict(without), readable)
-
-
-@dataclass
-class _Told:
-    """What the ledger says of records.
-
-    Attributes:
-        digests: name → digest, and the last event that gives it.
-        lineages: name of a record → the lineages whose events speak of it.
-        edited: name → where an event found another record than the event before it had left.
-        kinds_before: the kinds of which an event without digests made a record.
-    """
-
-    digests: dict[str, tuple[str, int]] = field(default_factory=dict)
-    lineages: dict[str, set[str]] = field(default_factory=dict)
-    edited: dict[str, list[str]] = field(default_factory=dict)
-    kinds_before: set[Word] = field(default_factory=set)
-
-    @classmethod
-    def by(cls, events: Iterable[ledger.Event]) -> "_Told":
-        told = cls()
-        for event in events:
-            payload = event_payload(event)
-            if "records" in payload:
-                told._read(event, _texts(payload["records"]), _texts(payload.get("records_before")))
-            else:
-                told.kinds_before |= _MAKES.get(event.action, frozenset())
-        return told
-
-    def _read(self, event: ledger.Event, records: dict[str, str], before: dict[str, str]) -> None:
-        for name, digest in records.items():
-            held, last = self.digests.get(name, (None, 0))
-            if held is not None and held != before.get(name, digest):
-                self.edited.setdefault(name, []).append(
-                    f"it was edited after event {last} and before event {event.sequence}"
-                )
-            self.digests[name] = (digest, event.sequence)
-            if event.subject_kind == "lineage":
-                self.lineages.setdefault(name, set()).add(event.subject_name)
-
-    def names(self, lineage: str | None) -> set[str]:
-        """The records that it speaks of, or that events of a lineage speak of."""
-        if lineage is None:
-            return set(self.digests)
-        return {name for name, lineages in self.lineages.items() if lineage in lineages}
-
-    def gone(self, name: str) -> str:
-        return f"event {self.digests[name][1]} speaks of it, but it has no record"
-
-    def problems(self, record: StoredRecord) -> Iterator[str]:
-        if not record.readable:
-            yield "a time or a JSON value of it cannot be read"
-        yield from self.edited.get(record.name, ())
-        digest, event = self.digests.get(record.name, (None, 0))
-        if digest is None and record.word not in self.kinds_before:
-            yield "the ledger does not speak of it"
-        elif digest is not None and digest != record.digest:
-            yield f"it was edited: its digest is not the one in event {event}"
 
 
 def check_registration(model: Model, events: Iterable[ledger.Event]) -> Iterator[Disagreement]:
@@ -178,43 +119,20 @@ def check_registration(model: Model, events: Iterable[ledger.Event]) -> Iterator
 
 def check_states(session: Session, lineage: Lineage, events: Iterable[ledger.Event]) -> Iterator[Disagreement]:
     """What the ledger says became of each patch is what its record says, and the head's digest with it."""
-    actions: dict[int, str] = {}
-    told: dict[int, dict[str, Any]] = {}
-    digest: str | None = None
-    for event in events:
-        if event.subject_kind != "lineage" or event.subject_name != lineage.name:
-            continue
-        payload = event_payload(event)
-        if event.action in _STATE_AFTER and "patch" in payload:
-            sequence = payload["patch"]
-            actions[sequence] = event.action
-            if event.action in _DESCRIBES_PATCH:
-                told.setdefault(sequence, {"actor": event.actor}).update(payload)
-        for key in ("state_digest", "digest_after"):
-            if event.action in _MOVES_HEAD and key in payload:
-                digest = payload[key]
+    told = ToldPatches.by(events, lineage.name)
     patches = queries.list_patches(session, lineage.id)
     for patch in patches:
-        action = actions.get(patch.sequence, "")
-        if _STATE_AFTER.get(action) != patch.state:
+        action = told.actions.get(patch.sequence, "")
+        if STATE_AFTER.get(action) != patch.state:
             yield Disagreement(
                 f"patch {patch.sequence} of {lineage.name}",
                 f"its record says {patch.state}, the ledger's last event {action or 'nothing'}",
             )
-        yield from _compare_patch(lineage, patch, told.get(patch.sequence, {}))
-    for sequence in actions.keys() - {patch.sequence for patch in patches}:
+        yield from _compare_patch(lineage, patch, told.described.get(patch.sequence, {}))
+    for sequence in told.actions.keys() - {patch.sequence for patch in patches}:
         yield Disagreement(f"patch {sequence} of {lineage.name}", "the ledger speaks of it, but it has no record")
-    if digest is not None and digest != lineage.state_digest:
+    if told.digest not in (None, lineage.state_digest):
         yield Disagreement(f"lineage {lineage.name}", "its digest is not that of the ledger's last change")
-
-
-def event_payload(event: ledger.Event) -> dict[str, Any]:
-    """The payload of an event; empty where it is none, which the check of the chain has named already."""
-    try:
-        payload = json.loads(event.payload)
-    except ValueError:
-        return {}
-    return payload if isinstance(payload, dict) else {}
 
 
 def _compare_patch(lineage: Lineage, patch: Patch, payload: dict[str, Any]) -> Iterator[Disagreement]:
@@ -254,29 +172,3 @@ def _idle_locks(session: Session, lineage: str | None) -> Iterator[Disagreement]
             yield Disagreement(
                 f"lineage {name}", f"process {pid} on {host} holds its lock, though no patch of it is being written"
             )
-
-
-def _texts(value: Any) -> dict[str, str]:
-    """What an event says of records; nothing where its payload was edited into something else."""
-    return value if isinstance(value, dict) else {}
-
-
-_MAKES: dict[str, frozenset[Word]] = {
-    "model.registered": frozenset({"model"}),
-    "dimension.registered": frozenset({"dimension", "prompt set"}),
-    "lineage.created": frozenset({"lineage"}),
-    "identification.recorded": frozenset({"identification"}),
-    "identification.imported": frozenset({"identification"}),
-    "patch.applying": frozenset({"patch"}),
-    "evaluation.recorded": frozenset({"evaluation", "prompt set"}),
-}
-_DESCRIBES_PATCH = frozenset({"patch.applying", "patch.applied"})
-_MOVES_HEAD = frozenset({"lineage.created", "patch.applied", "patch.reverted", "patch.undone", "patch.revert-undone"})
-_STATE_AFTER = {
-    "patch.applying": "applying",
-    "patch.applied": "applied",
-    "patch.undone": "rejected",
-    "patch.reverting": "reverting",
-    "patch.reverted": "reverted",
-    "patch.revert-undone": "applied",
-}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
-from registry.ledger import EventFields, Violation, check_chain
+from registry.chain import EventFields, Violation, check_chain
 
 _LINE = re.compile(
     r'\{"after":(0|[1-9][0-9]{0,14}),'

@@ -14,9 +14,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, groupby, islice
-from operator import itemgetter
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from sqlalchemy import (
     JSON,
@@ -41,6 +39,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from sqlalchemy.types import NullType
 
 from registry.columns import Timestamp, parse_timestamp
+from registry.record_forms import StoredRecord, Word
 from registry.schema import (
     Approval,
     Base,
@@ -64,7 +63,6 @@ from registry.schema import (
 )
 
 Record = Model | SafetyDimension | PromptSet | Lineage | Identification | Patch | Evaluation
-Word = Literal["model", "dimension", "prompt set", "lineage", "identification", "patch", "evaluation"]
 
 _CHUNK = 10_000
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=repr).encode
@@ -122,23 +120,6 @@ KINDS = (
 )
 
 
-@dataclass(frozen=True)
-class StoredRecord:
-    """A record as it is stored.
-
-    Attributes:
-        word: its kind.
-        name: kind and label, as events and findings name it: `patch 2 of support-bot`.
-        digest: of its rows.
-        readable: whether its times and its JSON are such.
-    """
-
-    word: Word
-    name: str
-    digest: str
-    readable: bool
-
-
 def record_digests(session: Session, records: Iterable[Record]) -> dict[str, str]:
     """Name → digest of records as they are now in the session's transaction; what is pending is flushed first."""
     session.flush()
@@ -165,39 +146,55 @@ def stored_records(session: Session, kind: Kind, ids: Collection[int] | None = N
     digests = {identifier: hashlib.sha256() for identifier in names}
     unreadable: set[int] = set()
     for owner in (kind.row.id, *kind.parts):
-        for identifier, piece, readable in _pieces(session, owner, ids):
-            if identifier not in digests:
-                continue  # it belongs to no record: `dangling_rows` names it
-            digests[identifier].update(piece.encode("utf-8", "surrogatepass"))
-            if not readable:
-                unreadable.add(identifier)
+        for row in stored_rows(session, owner, ids):
+            if row.record not in digests:
+                continue  # belongs to no record: `dangling_rows` names it
+            digests[row.record].update(row.line)
+            if not row.readable:
+                unreadable.add(row.record)
     for identifier, name in names.items():
         yield StoredRecord(kind.word, name, digests[identifier].hexdigest(), identifier not in unreadable)
 
 
-def _pieces(
-    session: Session, owner: InstrumentedAttribute[int], ids: Collection[int] | None
-) -> Iterator[tuple[int, str, bool]]:
-    """A table's lines of JSON, one for each record, in pieces: the record's id, text, whether what it says is read."""
+@dataclass(frozen=True, slots=True)
+class StoredRow:
+    """A row as it is hashed.
+
+    Attributes:
+        record: id of the record that it belongs to.
+        line: the JSON line, with its end.
+        readable: whether its times and its JSON are such.
+    """
+
+    record: int
+    line: bytes
+    readable: bool
+
+
+def stored_rows(
+    session: Session, owner: InstrumentedAttribute[int], ids: Collection[int] | None = None
+) -> Iterator[StoredRow]:
+    """The rows of one table of a kind, record by record, each record's by primary key.
+
+    Args:
+        session: reads.
+        owner: the table's column that holds the record's id: `id` of the kind's own table, or one of its parts.
+        ids: of the records; all if left out.
+    """
     table: Table = owner.class_.__table__
-    columns = sorted(table.c, key=lambda column: column.name)
+    columns = tuple(table.c)
     titles = [column.name for column in columns]
     place = titles.index(owner.key)
     checks = [(number, check) for number, column in enumerate(columns) if (check := _check_of(column)) is not None]
     query = select(*(_as_stored(session, column) for column in columns))
     query = query.order_by(columns[place], *(_by_bytes(session, column) for column in table.primary_key))
+    begin = f'["{table.name}",'
     if owner.class_ is IdentifiedNeuron:
         query = query.execution_options(yield_per=_CHUNK)  # they run to millions
-    stored = chain.from_iterable(_rows(session, query, columns[place], ids).partitions(_CHUNK))
-    for identifier, rows in groupby(stored, itemgetter(place)):
-        yield identifier, f'["{table.name}"', True
-        while chunk := list(islice(rows, _CHUNK)):
-            held = [
-                {title: value for title, value in zip(titles, row, strict=True) if value is not None} for row in chunk
-            ]
-            readable = all(check(row[number]) for number, check in checks for row in chunk)
-            yield identifier, f",{_encode(held)[1:-1]}", readable
-        yield identifier, "]\n", True
+    for values in _rows(session, query, columns[place], ids):
+        held = {name: value for name, value in zip(titles, values, strict=True) if value is not None}
+        line = f"{begin}{_encode(held)}]\n".encode("utf-8", "surrogatepass")
+        yield StoredRow(values[place], line, all(check(values[number]) for number, check in checks))
 
 
 def records_of_lineage(session: Session, lineage_id: int) -> dict[Word, set[int]]:
@@ -213,6 +210,8 @@ def records_of_lineage(session: Session, lineage_id: int) -> dict[Word, set[int]
         found["dimension"] |= {row.dimension_id for row in rows if row.dimension_id is not None}
     paired = select(Lineage.subject_id, Lineage.aligned_id, Lineage.base_id).where(Lineage.id == lineage_id)
     models = set(session.execute(paired).one())
+    measured = session.scalars(select(Evaluation.model_id).where(Evaluation.lineage_id == lineage_id))
+    models |= {identifier for identifier in measured if identifier is not None}
     below = session.scalars(select(Model.base_model_id).where(Model.id.in_(models)))
     found["model"] = models | {identifier for identifier in below if identifier is not None}
     read = (

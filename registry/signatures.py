@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import rfc8785
 
+from registry.chain import Violation
 from registry.head_lines import Head, Line
 from registry.keys import PrivateKey, PublicKey
-from registry.ledger import Violation
 
 DOMAIN = b"neuronledger ledger head v1\n"
 """Keeps a signature from being one of anything else."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from governance.commands.audit_heads import heads, sign, signature_lines
+from governance.commands.audit_pack import export, verify_pack
 from governance.commands.options import json_option, list_options, workspace_options
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def audit() -> None:
 
 audit.add_command(heads)
 audit.add_command(sign)
+audit.add_command(export)
+audit.add_command(verify_pack)
 
 
 @audit.command("log")
