@@ -2,7 +2,8 @@
 
 It makes the laboratory, registers its models and three dimensions, patches one dimension after the other, measures
 every stage, sets a control of random neurons beside the patches at the same share, does the same with NLSR, patches
-one lineage by both methods, verifies ledger and weights, reverts the last patch and proves that the bytes are back.
+one lineage by both methods, verifies ledger and weights, reverts the last patch and proves that the bytes are back. At
+the end the evidence pack of the first lineage is exported and verified.
 """
 
 import json
@@ -30,9 +31,12 @@ from governance.demo_steps import (
 )
 from governance.errors import InputError
 from governance.lineages import create_lineage
+from governance.pack_export import export_pack
+from governance.pack_verification import verify_pack_file
 from governance.patch_records import PatchSummary
 from governance.patching import revert_patch
 from governance.prompt_sets import read_prompt_set
+from governance.proof_checks import Evidence
 from governance.reporting import write_report
 from governance.workspace import Progress, Workspace, create_registry, no_progress, open_workspace
 
@@ -41,6 +45,7 @@ CONTROL = "random-control"
 SUMMARY = "summary.json"
 REPORT = "report.html"
 COMBINED_REPORT = "report-both-methods.html"
+EVIDENCE = "evidence.zip"
 _OWN_ENTRIES = (
     "registry.db",
     "registry.db-wal",
@@ -52,6 +57,7 @@ _OWN_ENTRIES = (
     SUMMARY,
     REPORT,
     COMBINED_REPORT,
+    EVIDENCE,
 )
 
 
@@ -71,6 +77,7 @@ class DemoSummary:
     heldout_prompts: dict[str, int]
     report: str
     combined_report: str
+    evidence: dict[str, Any]
     seconds: dict[str, float]
 
 
@@ -116,6 +123,8 @@ def run_demo(
     checked = verify(workspace, weights=True)
     say(_verification_sentence(checked))
     reverted_exactly = _revert_last(workspace, patches[-1], say)
+    export_pack(workspace, LINEAGE, output / EVIDENCE, artifacts=True)
+    pack = verify_pack_file(output / EVIDENCE, Evidence())
     final = verify(workspace, weights=True)
     report = write_report(workspace, LINEAGE, output / REPORT)
     combined_report = write_report(workspace, COMBINED, output / COMBINED_REPORT)
@@ -134,6 +143,7 @@ def run_demo(
         },
         report=str(report),
         combined_report=str(combined_report),
+        evidence={"pack": str(output / EVIDENCE), "verified": pack.verified},
         seconds={"laboratory": built - started, "governance": time.monotonic() - built},
     )
     (output / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")

@@ -86,8 +86,17 @@ def parse_event(line: bytes) -> Event | None:
         if found is None:
             return None
         action, actor, at, own_hash, payload, previous, sequence, kind, name = found.groups()
-        texts = [json.loads(text) for text in (at, actor, action, kind, name)]
-        event = Event(int(sequence), *texts, payload, previous, own_hash)
+        event = Event(
+            sequence=int(sequence),
+            created_at=json.loads(at),
+            actor=json.loads(actor),
+            action=json.loads(action),
+            subject_kind=json.loads(kind),
+            subject_name=json.loads(name),
+            payload=payload,
+            previous_hash=previous,
+            hash=own_hash,
+        )
         return event if event_line(event) == line else None
     except (UnicodeError, ValueError):
         return None

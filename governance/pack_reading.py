@@ -84,7 +84,7 @@ class Outcome:
     unsigned_from: int | None = None
 
     def find(self, check: str, subject: str, problem: str) -> None:
-        self.findings.append(PackFinding(check, subject, problem))
+        self.findings.append(PackFinding(check, printable(subject), printable(problem)))
 
     def stopped(self, reason: str) -> PackVerification:
         self.not_checked.append(reason)
@@ -92,8 +92,8 @@ class Outcome:
 
     def result(self) -> PackVerification:
         return PackVerification(
-            self.lineage,
-            self.exported_at,
+            None if self.lineage is None else printable(self.lineage),
+            None if self.exported_at is None else printable(self.exported_at),
             self.checked,
             tuple(self.not_checked),
             tuple(self.findings),
@@ -101,3 +101,8 @@ class Outcome:
             self.signed_by,
             self.unsigned_from,
         )
+
+
+def printable(text: str) -> str:
+    """A text from a pack as it may be shown on a terminal: what is not printable is escaped."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text)

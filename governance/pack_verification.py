@@ -140,19 +140,12 @@ def _differences(held: Any, expected: dict[str, Any]) -> Iterator[tuple[str, str
         yield MANIFEST, "it is not a JSON object"
         return
     named = held.get("members")
-    entries = {entry.get("name"): entry for entry in named if isinstance(entry, dict)} if _is_list(named) else {}
+    listed = [entry for entry in named if isinstance(entry, dict)] if isinstance(named, list) else []
+    entries = {str(entry.get("name")): entry for entry in listed}
     wanted = {entry["name"]: entry for entry in expected["members"]}
+    names = [*wanted, *(name for name in entries if name not in wanted)]
     found = [
-        (
-            str(name),
-            "the manifest names it, and it is not in the pack"
-            if name not in wanted
-            else "it is in the pack, and the manifest does not name it"
-            if name not in entries
-            else "it is not what the manifest says: size or SHA-256 differ",
-        )
-        for name in [*wanted, *(name for name in entries if name not in wanted)]
-        if entries.get(name) != wanted.get(name)
+        (name, _difference(name in wanted, name in entries)) for name in names if entries.get(name) != wanted.get(name)
     ]
     found += [
         (MANIFEST, f"its {name!r} is not that of the other members")
@@ -160,6 +153,12 @@ def _differences(held: Any, expected: dict[str, Any]) -> Iterator[tuple[str, str
         if held.get(name) != expected.get(name) or (name in held) != (name in expected)
     ]
     yield from found or [(MANIFEST, "it is not in its canonical form")]
+
+
+def _difference(in_pack: bool, in_manifest: bool) -> str:
+    if in_pack and in_manifest:
+        return "it is not what the manifest says: size or SHA-256 differ"
+    return f"it is in the {'pack' if in_pack else 'manifest'}, and not in the {'manifest' if in_pack else 'pack'}"
 
 
 def _check_signature(pack: Pack, export: Export, evidence: Evidence, outcome: Outcome) -> None:
@@ -205,7 +204,3 @@ def _moment(text: str) -> datetime:
     except ValueError:
         return datetime.fromisoformat("1980-01-01T00:00:00Z")
     return moment if moment.tzinfo else datetime.fromisoformat("1980-01-01T00:00:00Z")
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list)

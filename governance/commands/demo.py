@@ -37,7 +37,8 @@ def demo(output: Path, seed: int, as_json: bool) -> None:
         progress=terminal_progress(),
     )
     emit(summary, as_json, lambda: _show(summary))
-    if not (summary.ledger["verified"] and all(summary.weights.values()) and summary.nlsr.claims.proves):
+    sound = summary.ledger["verified"] and summary.evidence["verified"] and all(summary.weights.values())
+    if not (sound and summary.nlsr.claims.proves):
         raise SystemExit(1)
 
 
@@ -97,6 +98,9 @@ def _show(summary: "DemoSummary") -> None:
     click.echo(
         f"Weights: {'verified' if summary.weights['verified'] else 'NOT VERIFIED'}; the last patch was reverted "
         f"{'exactly' if summary.weights['reverted_exactly'] else 'NOT EXACTLY'}."
+    )
+    click.echo(
+        f"Evidence pack: {summary.evidence['pack']}, {'verified' if summary.evidence['verified'] else 'NOT VERIFIED'}."
     )
     click.echo(
         f"Open the report: {summary.report}, and that of the lineage with both methods: {summary.combined_report}"

@@ -97,6 +97,7 @@ def test_no_neuron_is_modified_twice_and_everything_verifies(demo: tuple[Path, D
         assert patch.neurons_modified == patch.neurons_selected - patch.neurons_already_protected
     assert summary.ledger["verified"]
     assert summary.weights == {"verified": True, "reverted_exactly": True}
+    assert summary.evidence == {"pack": str(output / "evidence.zip"), "verified": True}
     assert verify(open_workspace(f"sqlite:///{output / 'registry.db'}", "test"), weights=True).findings == ()
 
 

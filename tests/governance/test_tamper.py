@@ -4,7 +4,6 @@ No column is left out but those of `alembic_version`, without which no registry 
 is being written: it is gone when that is done.
 """
 
-import json
 import random
 import shutil
 from collections import Counter
@@ -15,10 +14,6 @@ import pytest
 from sqlalchemy import text, update
 
 from governance.auditing import verify
-from governance.catalogue import register_dimension, register_model
-from governance.evaluation import EvaluationRequest, evaluate
-from governance.lineages import create_lineage
-from governance.prompt_sets import PromptSource
 from governance.workspace import Workspace
 from registry import ledger
 from registry.database import Registry
@@ -29,36 +24,9 @@ from tests.databases import PostgreSQLDatabases, SQLiteDatabases
 from tests.fault_tally import EditTally
 from tests.governance.conftest import Trios
 from tests.governance.faults import flip_byte
-from tests.governance.scenarios import Scenario, build
+from tests.governance.governed import TUNED, govern
+from tests.governance.scenarios import Scenario
 from tests.governance.tampering import Attacker, Edit, edits
-
-TUNED = "tuned"
-
-
-def govern(workspace: Workspace, trios: Trios, continued: Trios, prompts: Path, place: Path) -> Workspace:
-    """Two lineages, of a full checkpoint and of an adapter, with FGSN and NLSR patches, one taken back, and figures."""
-    full = build(workspace, trios(), prompts)
-    adapters = continued()
-    register_model(workspace, "tuned-aligned", adapters.aligned, "aligned", "base")
-    register_model(workspace, "tuned-subject", adapters.subject, "subject", "base", made_from={"seed": 4})
-    create_lineage(workspace, TUNED, subject="tuned-subject", aligned="tuned-aligned", base="base")
-    tuned = Scenario(workspace, adapters, TUNED)
-    full.apply("weapons")
-    full.apply("animals", method="nlsr")
-    full.apply("insults", budget=0.2)
-    full.revert(2)
-    tuned.apply("animals")
-    tuned.apply("weapons", method="nlsr")
-    unanswered = {name: PromptSource(str(prompts / f"{name}.jsonl")) for name in ("animals.heldout", "benign")}
-    register_dimension(workspace, "unanswered", dict(zip(("harmful", "benign"), unanswered.values(), strict=True)))
-    full.identify("unanswered")
-    questions = place / "questions.jsonl"
-    questions.write_text(json.dumps({"prompt": "what is the water ?", "answer": "a story"}) + "\n")
-    accuracy = {"accuracy": PromptSource(str(questions), answer_column="answer")}
-    for name in ("line", TUNED):
-        for stage in ("head", "aligned"):
-            evaluate(workspace, name, EvaluationRequest(model=stage, accuracy=accuracy, max_new_tokens=2))
-    return workspace
 
 
 @pytest.fixture(scope="module")

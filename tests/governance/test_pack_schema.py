@@ -1,0 +1,114 @@
+"""The published schema describes every document of an evidence pack, and nothing else."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+import neuronledger
+from governance.pack_export import export_pack
+from governance.pack_format import ARTIFACT_PREFIX, README, REQUIRED, SIGNATURE
+from registry.keys import PrivateKey
+from registry.record_digests import KINDS
+from registry.record_forms import FORMS
+from registry.schema import Base
+from tests.governance.conftest import Trios
+from tests.governance.governed import govern
+from tests.governance.packs import OpenPack
+
+SCHEMA: dict[str, Any] = json.loads(
+    (Path(neuronledger.__file__).parent / "docs" / "schemas" / "evidence-pack-1.json").read_text(encoding="utf-8")
+)
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+
+def documents(pack: OpenPack) -> dict[str, Any]:
+    """A pack read into one object."""
+    found: dict[str, Any] = {}
+    for name, text in pack.members.items():
+        if name == README:
+            found[name] = text.decode()
+        elif name.endswith(".jsonl"):
+            found[name] = [json.loads(line) for line in text.splitlines()]
+        elif not name.startswith(ARTIFACT_PREFIX):
+            found[name] = json.loads(text)
+    return found
+
+
+def objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Every schema of an object within a schema."""
+    if isinstance(value, dict):
+        if value.get("type") == "object":
+            yield value
+        for inner in value.values():
+            yield from objects(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from objects(inner)
+
+
+@pytest.fixture
+def read(workspace: Any, trios: Trios, continued: Trios, prompts: Path, tmp_path: Path) -> dict[str, Any]:
+    """A signed pack of a governed registry, on both databases."""
+    govern(workspace, trios, continued, prompts, tmp_path)
+    export_pack(workspace, "line", tmp_path / "pack.zip", artifacts=True, key=PrivateKey.generate())
+    return documents(OpenPack.of((tmp_path / "pack.zip").read_bytes()))
+
+
+def test_the_schema_is_one_and_names_every_member() -> None:
+    VALIDATOR.check_schema(SCHEMA)
+    assert set(SCHEMA["required"]) == REQUIRED
+    assert SCHEMA["properties"].keys() == REQUIRED | {SIGNATURE}
+
+
+def test_every_document_of_a_pack_is_as_the_schema_says(read: dict[str, Any]) -> None:
+    assert [error.message for error in VALIDATOR.iter_errors(read)] == []
+    assert all(read[name] for name in REQUIRED - {"records/approvals.jsonl", "records/protected_directions.jsonl"})
+    for name, document in read.items():
+        for put_in in _with_more(document):
+            changed = {**read, name: put_in}
+            assert not VALIDATOR.is_valid(changed), name
+
+
+def _with_more(document: Any) -> Iterator[Any]:
+    """A document with a field more, and one with a field less, in its first object."""
+    if document == []:
+        return
+    first = document[0] if isinstance(document, list) else document
+    inner = first[1] if isinstance(first, list) else first
+    if not isinstance(inner, dict):
+        return
+    for change in ("more", "less"):
+        edited = copy.deepcopy(document)
+        target = edited[0] if isinstance(edited, list) else edited
+        target = target[1] if isinstance(target, list) else target
+        if change == "more":
+            target["more"] = 1
+        else:
+            target.pop("id" if "id" in target else next(iter(target)))
+        yield edited
+
+
+def test_no_object_may_hold_more_but_the_payload_of_an_event() -> None:
+    open_ones = [found for found in objects(SCHEMA) if found.get("additionalProperties") is not False]
+    assert open_ones == [SCHEMA["$defs"]["event"]["properties"]["payload"]]
+
+
+@pytest.mark.parametrize("table", [table for form in FORMS for table, _ in form.tables])
+def test_the_schema_of_a_table_has_its_columns(table: str) -> None:
+    columns = Base.metadata.tables[table].columns
+    described = SCHEMA["$defs"][table]
+    assert described["properties"].keys() == {column.name for column in columns}
+    assert set(described["required"]) == {column.name for column in columns if not column.nullable}
+
+
+def test_the_forms_of_records_are_those_that_are_hashed() -> None:
+    kinds = [
+        (kind.word, kind.words, *((each.class_.__tablename__, each.key) for each in (kind.row.id, *kind.parts)))
+        for kind in KINDS
+    ]
+    assert kinds == [(form.word, form.words, *form.tables) for form in FORMS]
