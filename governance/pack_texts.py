@@ -10,7 +10,8 @@ Evidence, not a compliance determination.
 
 This pack holds what was recorded of the safety patches of one lineage (a fine-tuned model and its patches): the ledger
 of the registry it comes from, from the first event on, and the records of that lineage. It holds no weights, no prompts
-and no answers. If it was exported with artifacts, it holds the rows that patches changed.
+and no answers. If it was exported with artifacts, it holds the rows that patches changed. It does hold names, reasons,
+and paths of files as they were recorded; and since a chain cannot be checked in part, the events of other lineages.
 
 Verify it without the registry and without the model:
 

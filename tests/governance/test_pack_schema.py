@@ -12,6 +12,7 @@ import pytest
 import neuronledger
 from governance.pack_export import export_pack
 from governance.pack_format import ARTIFACT_PREFIX, README, REQUIRED, SIGNATURE
+from governance.pack_texts import AI_ACT
 from registry.keys import PrivateKey
 from registry.record_digests import KINDS
 from registry.record_forms import FORMS
@@ -112,3 +113,19 @@ def test_the_forms_of_records_are_those_that_are_hashed() -> None:
         for kind in KINDS
     ]
     assert kinds == [(form.word, form.words, *form.tables) for form in FORMS]
+
+
+def test_the_page_says_what_the_manifest_says_of_the_ai_act() -> None:
+    page = (Path(neuronledger.__file__).parent / "docs" / "evidence-pack.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| Article")]
+    fields = AI_ACT["fields"]
+    assert isinstance(fields, list)
+    assert len(rows) == len(fields)
+    for row, held in zip(rows, fields, strict=True):
+        article, holds, members = (cell.strip() for cell in row.strip("|").split("|"))
+        assert article.startswith(held["article"])
+        assert holds == held["holds"]
+        named = [name.removeprefix("records/") for name in held["members"]]
+        assert [name.strip("` ") for name in members.split(",")] == [
+            name.removesuffix(".jsonl") if f"records/{name}" in held["members"] else name for name in named
+        ]
