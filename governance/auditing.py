@@ -95,7 +95,7 @@ def audit_log(
 
 
 def verify(workspace: Workspace, *, weights: bool = False, lineage: str | None = None) -> Verification:
-    """Check the ledger against its exported heads, artifacts against digests, claims against artifacts, and files.
+    """Check the ledger against its exported heads, every record against the ledger, artifacts, claims and files.
 
     Args:
         workspace: the registry.
