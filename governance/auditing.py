@@ -110,7 +110,7 @@ def verify(
     public_keys: Sequence[Path] = (),
     kept_heads: Path | None = None,
 ) -> Verification:
-    """Check the ledger against its exported heads, artifacts against digests, claims against artifacts, and files.
+    """Check the ledger against its exported heads, every record against the ledger, artifacts, claims and files.
 
     Args:
         workspace: the registry.

@@ -10,17 +10,20 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from sqlalchemy import text, update
 
+from algorithms.judges import RefusalPhraseJudge
+from governance import evaluation
 from governance.auditing import verify
 from governance.catalogue import register_dimension, register_model
 from governance.evaluation import EvaluationRequest, evaluate
 from governance.lineages import create_lineage
 from governance.prompt_sets import PromptSource
 from governance.workspace import Workspace
-from registry import ledger
+from registry import ledger, queries
 from registry.database import Registry
 from registry.heads import Head
 from registry.record_digests import KINDS
@@ -29,7 +32,7 @@ from tests.databases import PostgreSQLDatabases, SQLiteDatabases
 from tests.fault_tally import EditTally
 from tests.governance.conftest import Trios
 from tests.governance.faults import flip_byte
-from tests.governance.scenarios import Scenario, build
+from tests.governance.scenarios import Scenario, build, events_of
 from tests.governance.tampering import Attacker, Edit, edits
 
 TUNED = "tuned"
@@ -204,6 +207,36 @@ def test_what_is_recorded_after_older_records_has_digests(governed_sqlite: Works
     with governed_sqlite.registry.write() as session:
         session.execute(update(Patch).where(Patch.sequence == 3).values(rows_unchanged=7))
     assert "patch 3 of line" in {finding.subject for finding in verify(governed_sqlite).findings}
+
+
+def test_the_event_of_an_evaluation_holds_digests_of_prompts_and_judge(governed_sqlite: Workspace) -> None:
+    told = [content for action, content in events_of(governed_sqlite) if action == "evaluation.recorded"]
+    with governed_sqlite.registry.read() as session:
+        digests = {prompt_set.id: prompt_set.digest for prompt_set in queries.prompt_sets(session)}
+        figures = [
+            record
+            for name in ("line", TUNED)
+            for record in queries.evaluations(session, queries.lineage_id(session, name))
+        ]
+    assert [figure["prompts"] for content in told for figure in content["figures"]] == [
+        digests[figure.prompt_set_id or 0] for figure in figures
+    ]
+    assert {content["judge_digest"] for content in told} == {RefusalPhraseJudge().digest}
+    assert {f"evaluation {figure.id}" for figure in figures} <= {
+        name for content in told for name in content["records"]
+    }
+
+
+def test_prompts_of_an_evaluation_that_fails_leave_no_record(
+    governed_sqlite: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "more.jsonl").write_text(json.dumps({"prompt": "what is a cake ?", "answer": "good"}) + "\n")
+    more = {"more": PromptSource(str(tmp_path / "more.jsonl"), answer_column="answer")}
+    monkeypatch.setattr(evaluation, "generate", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(governed_sqlite, "line", EvaluationRequest(accuracy=more, max_new_tokens=2))
+    outcome = verify(governed_sqlite)
+    assert (outcome.findings, outcome.checked["prompt sets"]) == ((), 10)
 
 
 def test_every_table_is_part_of_a_record_or_compared_otherwise() -> None:
