@@ -1,7 +1,6 @@
-"""Auditing: what was recorded, and whether record, artifacts, claims and weights still agree."""
+"""Auditing: whether record, artifacts, claims and weights still agree."""
 
 import hashlib
-import json
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from algorithms.adapters import ADAPTER_CONFIG
+from governance.event_log import event_payload
 from governance.lineage_state import Recorded, recorded_state
 from governance.patch_artifact import PatchArtifact, open_artifact
 from governance.provenance import origin_digest
@@ -23,20 +23,6 @@ from registry import claims, ledger, queries
 from registry.errors import ArtifactError
 from registry.heads import Head, check_ledger
 from registry.schema import Lineage, Model, Patch
-
-
-@dataclass(frozen=True)
-class EventSummary:
-    """One ledger event with its payload as an object."""
-
-    sequence: int
-    created_at: str
-    actor: str
-    action: str
-    subject_kind: str
-    subject_name: str
-    payload: dict[str, Any]
-    hash: str
 
 
 @dataclass(frozen=True)
@@ -60,29 +46,6 @@ class Verification:
     def verified(self) -> bool:
         """Whether nothing was found."""
         return not self.findings
-
-
-def audit_log(
-    workspace: Workspace, *, actions: tuple[str, ...] = (), actor: str | None = None, subject: str | None = None
-) -> list[EventSummary]:
-    """Return the ledger's events in order, filtered by action prefix, actor or subject name."""
-    with workspace.registry.read() as session:
-        return [
-            EventSummary(
-                sequence=event.sequence,
-                created_at=event.created_at,
-                actor=event.actor,
-                action=event.action,
-                subject_kind=event.subject_kind,
-                subject_name=event.subject_name,
-                payload=_payload(event),
-                hash=event.hash,
-            )
-            for event in ledger.events(session)
-            if (not actions or event.action.startswith(actions))
-            and (actor is None or event.actor == actor)
-            and (subject is None or event.subject_name == subject)
-        ]
 
 
 def verify(workspace: Workspace, *, weights: bool = False, lineage: str | None = None) -> Verification:
@@ -201,7 +164,9 @@ def _disagreements(claimed: Mapping[str, "array[int]"], artifact: PatchArtifact)
 def _check_registration(model: Model, events: list[ledger.Event]) -> Iterator[Finding]:
     """What is recorded of a model's files is what the ledger says was registered."""
     told = [
-        _payload(event) for event in events if (event.action, event.subject_name) == ("model.registered", model.name)
+        event_payload(event)
+        for event in events
+        if (event.action, event.subject_name) == ("model.registered", model.name)
     ]
     recorded = {
         "state_digest": model.state_digest,
@@ -226,7 +191,7 @@ def _check_states(session: Session, lineage: Lineage, events: list[ledger.Event]
     for event in events:
         if event.subject_kind != "lineage" or event.subject_name != lineage.name:
             continue
-        payload = _payload(event)
+        payload = event_payload(event)
         if event.action in _STATE_AFTER and "patch" in payload:
             sequence = payload["patch"]
             actions[sequence] = event.action
@@ -309,15 +274,6 @@ def _check_working(lineage: Lineage, checked: dict[str, int], *, weights: bool) 
     checked["tensors"] = checked.get("tensors", 0) + len(measured.tensors)
     followed = len(measured.files) - any(file.file == ADAPTER_CONFIG for file in measured.files)
     checked["weight files"] = checked.get("weight files", 0) + followed
-
-
-def _payload(event: ledger.Event) -> dict[str, Any]:
-    """The payload of an event; empty where it is none, which the check of the chain has named already."""
-    try:
-        payload = json.loads(event.payload)
-    except ValueError:
-        return {}
-    return payload if isinstance(payload, dict) else {}
 
 
 _DESCRIBES_PATCH = frozenset({"patch.applying", "patch.applied"})

@@ -1,12 +1,13 @@
 """What the report shows of protection: which neurons are protected, module by module, and how dimensions overlap."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, Select, case, func, select
 from sqlalchemy.orm import Session
 
-from registry import queries
-from registry.schema import Identification, IdentifiedNeuron, Lineage, ProtectedDirection, ProtectedNeuron
+from registry import claims, queries
+from registry.schema import Disposition, Identification, IdentifiedNeuron, Lineage, ProtectedDirection
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,8 @@ def protection_map(session: Session, lineage: Lineage) -> ProtectionMap:
     counts: dict[tuple[int, str], dict[str, int]] = {}
     modules = queries.modules(session, lineage.subject_id)
     place = {module.id: (module.block, module.kind) for module in modules}
-    query = (
-        select(ProtectedNeuron.module_id, ProtectedNeuron.patch_id, func.count())
-        .where(ProtectedNeuron.lineage_id == lineage.id)
-        .group_by(ProtectedNeuron.module_id, ProtectedNeuron.patch_id)
-    )
     claimed = set()
-    for module_id, patch_id, count in session.execute(query):
+    for (module_id, patch_id), count in claims.claim_counts(session, lineage.id).items():
         dimension = patches[patch_id].dimension.name
         claimed.add(dimension)
         held = counts.setdefault(place[module_id], {})
@@ -130,28 +126,16 @@ def overlap_table(session: Session, lineage: Lineage) -> OverlapTable:
     """Count, for every identification, the selected neurons that were protected already, by dimension."""
     patches = queries.list_patches(session, lineage.id)
     dimension_of: dict[int | None, str] = {patch.id: patch.dimension.name for patch in patches}
-    query = (
-        select(
-            IdentifiedNeuron.identification_id,
-            IdentifiedNeuron.disposition,
-            IdentifiedNeuron.protected_by,
-            func.count(),
-        )
-        .join(Identification, Identification.id == IdentifiedNeuron.identification_id)
-        .where(Identification.lineage_id == lineage.id)
-        .group_by(IdentifiedNeuron.identification_id, IdentifiedNeuron.disposition, IdentifiedNeuron.protected_by)
-    )
     free: dict[int, int] = {}
     benign: dict[int, int] = {}
     held: dict[int, dict[str, int]] = {}
-    for identification, disposition, holder, count in session.execute(query):
-        if disposition == "protected":
-            by = held.setdefault(identification, {})
-            name = dimension_of.get(holder, "a patch not recorded")
-            by[name] = by.get(name, 0) + count
-        else:
-            counted = benign if disposition == "benign-overlap" else free
-            counted[identification] = counted.get(identification, 0) + count
+    # Two questions, since grouping all neurons by disposition sorts them: they run to millions.
+    for identification, selected, overlapping in session.execute(_dispositions(lineage.id)):
+        free[identification], benign[identification] = int(selected), int(overlapping)
+    for identification, holder, count in session.execute(_holders(lineage.id)):
+        by = held.setdefault(identification, {})
+        name = dimension_of.get(holder, "a patch not recorded")
+        by[name] = by.get(name, 0) + count
     holders = {name for by in held.values() for name in by}
     order = (*(name for name in dict.fromkeys(dimension_of.values()) if name in holders),)
     order += tuple(sorted(holders - set(order)))
@@ -174,6 +158,35 @@ def overlap_table(session: Session, lineage: Lineage) -> OverlapTable:
             )
         )
     return OverlapTable(order, tuple(rows))
+
+
+def _dispositions(lineage_id: int) -> Select[Any]:
+    """Identification → neurons that it selected and nobody held, and benign ones."""
+
+    def counted(disposition: Disposition) -> ColumnElement[int]:
+        return func.sum(case((IdentifiedNeuron.disposition == disposition, 1), else_=0))
+
+    return (
+        select(IdentifiedNeuron.identification_id, counted("selected"), counted("benign-overlap"))
+        .where(IdentifiedNeuron.identification_id.in_(_identifications(lineage_id)))
+        .group_by(IdentifiedNeuron.identification_id)
+    )
+
+
+def _holders(lineage_id: int) -> Select[Any]:
+    """Identification and patch → selected neurons that the patch held."""
+    return (
+        select(IdentifiedNeuron.identification_id, IdentifiedNeuron.protected_by, func.count())
+        .where(
+            IdentifiedNeuron.identification_id.in_(_identifications(lineage_id)),
+            IdentifiedNeuron.disposition == "protected",
+        )
+        .group_by(IdentifiedNeuron.identification_id, IdentifiedNeuron.protected_by)
+    )
+
+
+def _identifications(lineage_id: int) -> Select[Any]:
+    return select(Identification.id).where(Identification.lineage_id == lineage_id)
 
 
 def direction_claims(session: Session, lineage: Lineage) -> tuple[DirectionClaim, ...]:

@@ -47,6 +47,14 @@ def emit_list(
         people()
 
 
+def emit_records(item: Any, records: Sequence[Any], as_json: bool, as_csv: bool, people: Callable[[], None]) -> None:
+    """Print a result that has a list of records: whole as JSON or by calling `people`, the list alone as CSV."""
+    if as_csv:
+        emit_list(records, False, True, people)
+    else:
+        emit(item, as_json, people)
+
+
 def emit(item: Any, as_json: bool, people: Callable[[], None]) -> None:
     """Print one result as JSON or, by calling `people`, in sentences and tables."""
     if as_json:
