@@ -141,8 +141,10 @@ def _require_known(
     if session.scalar(select(LedgerEvent.sequence).where(condition).limit(1)) is not None:
         return
     known = sorted(session.scalars(select(column).distinct()))
-    near = get_close_matches(name, known, n=3, cutoff=0.5) or known[:8]
-    mend = f"Did you mean {', '.join(near)}" if near else "The ledger is empty"
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    mend = f"Did you mean {', '.join(near)}" if near else f"Name one of {', '.join(known[:8])}"
+    if not known:
+        mend = "The ledger is empty: register something first"
     raise RecordNotFoundError(f"the ledger holds no event {word} {name!r}", mend)
 
 

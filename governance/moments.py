@@ -52,7 +52,7 @@ def parse_moment(text: str) -> Moment:
         begin = begin.replace(tzinfo=UTC) if begin.tzinfo is None else begin.astimezone(UTC)
     except (ValueError, OverflowError) as error:
         raise InputError(f"{text!r} is not a date or a time of ISO 8601", _MEND) from error
-    return Moment(given, begin, begin + _span(given) - timedelta(microseconds=1))
+    return Moment(given, begin, begin + (_span(given) - timedelta(microseconds=1)))
 
 
 def _span(text: str) -> timedelta:
