@@ -21,7 +21,7 @@ from registry.errors import RecordNotFoundError
 from registry.schema import LedgerEvent, Lineage, Patch, PatchModule, SafetyDimension
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EventSummary:
     """One ledger event with its payload as an object."""
 

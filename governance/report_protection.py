@@ -1,9 +1,9 @@
 """What the report shows of protection: which neurons are protected, module by module, and how dimensions overlap."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from sqlalchemy import ColumnElement, Select, case, func, select
+from sqlalchemy import ColumnElement, case, func, select
 from sqlalchemy.orm import Session
 
 from registry import claims, queries
@@ -130,9 +130,9 @@ def overlap_table(session: Session, lineage: Lineage) -> OverlapTable:
     benign: dict[int, int] = {}
     held: dict[int, dict[str, int]] = {}
     # Two questions, since grouping all neurons by disposition sorts them: they run to millions.
-    for identification, selected, overlapping in session.execute(_dispositions(lineage.id)):
-        free[identification], benign[identification] = int(selected), int(overlapping)
-    for identification, holder, count in session.execute(_holders(lineage.id)):
+    for identification, selected, overlapping in _dispositions(session, lineage):
+        free[identification], benign[identification] = selected, overlapping
+    for identification, holder, count in _holders(session, lineage):
         by = held.setdefault(identification, {})
         name = dimension_of.get(holder, "a patch not recorded")
         by[name] = by.get(name, 0) + count
@@ -160,33 +160,35 @@ def overlap_table(session: Session, lineage: Lineage) -> OverlapTable:
     return OverlapTable(order, tuple(rows))
 
 
-def _dispositions(lineage_id: int) -> Select[Any]:
-    """Identification → neurons that it selected and nobody held, and benign ones."""
+def _dispositions(session: Session, lineage: Lineage) -> Iterator[tuple[int, int, int]]:
+    """Identification, neurons that it selected and nobody held, and benign ones."""
 
     def counted(disposition: Disposition) -> ColumnElement[int]:
         return func.sum(case((IdentifiedNeuron.disposition == disposition, 1), else_=0))
 
-    return (
+    query = (
         select(IdentifiedNeuron.identification_id, counted("selected"), counted("benign-overlap"))
-        .where(IdentifiedNeuron.identification_id.in_(_identifications(lineage_id)))
+        .where(_identified_in(lineage))
         .group_by(IdentifiedNeuron.identification_id)
     )
+    for identification, selected, benign in session.execute(query):
+        yield identification, int(selected), int(benign)
 
 
-def _holders(lineage_id: int) -> Select[Any]:
-    """Identification and patch → selected neurons that the patch held."""
-    return (
+def _holders(session: Session, lineage: Lineage) -> Iterator[tuple[int, int | None, int]]:
+    """Identification, patch, and selected neurons that the patch held."""
+    query = (
         select(IdentifiedNeuron.identification_id, IdentifiedNeuron.protected_by, func.count())
-        .where(
-            IdentifiedNeuron.identification_id.in_(_identifications(lineage_id)),
-            IdentifiedNeuron.disposition == "protected",
-        )
+        .where(_identified_in(lineage), IdentifiedNeuron.disposition == "protected")
         .group_by(IdentifiedNeuron.identification_id, IdentifiedNeuron.protected_by)
     )
+    for identification, holder, count in session.execute(query):
+        yield identification, holder, int(count)
 
 
-def _identifications(lineage_id: int) -> Select[Any]:
-    return select(Identification.id).where(Identification.lineage_id == lineage_id)
+def _identified_in(lineage: Lineage) -> ColumnElement[bool]:
+    runs = select(Identification.id).where(Identification.lineage_id == lineage.id)
+    return IdentifiedNeuron.identification_id.in_(runs)
 
 
 def direction_claims(session: Session, lineage: Lineage) -> tuple[DirectionClaim, ...]:
