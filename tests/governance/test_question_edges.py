@@ -21,7 +21,7 @@ from neuronledger import NeuronLedgerError
 from registry.database import Registry
 from registry.errors import LedgerError, RecordNotFoundError
 from registry.schema import IdentifiedNeuron, PatchModule
-from tests.governance.conftest import Scenarios
+from tests.governance.conftest import Scenarios, Trios
 from tests.governance.patched_lineages import change_records
 from tests.governance.scenarios import Scenario, Trio
 from tests.registry.records import DIGEST, add_lineage, add_patch
@@ -197,6 +197,15 @@ def test_what_a_patch_claims_is_what_its_identification_selected_and_found_free(
         for patch, module, neuron in rows:
             told.setdefault(patch, {}).setdefault(module, set()).add(neuron)
     assert told == {sequence: scenario.artifact_rows(sequence) for sequence in (1, 2, 3)}
+
+
+def test_a_patch_of_whole_factors_claims_what_was_recorded_of_it(scenarios: Scenarios, continued: Trios) -> None:
+    scenario = scenarios(continued(same_basis=True))
+    scenario.apply("animals", method="nlsr", form="factor")
+    with scenario.workspace.registry.read() as session:
+        claimed = session.execute(text("SELECT module, neuron FROM v_neuron_history WHERE what = 'claimed'")).all()
+    held = scenario.artifact_rows(1)
+    assert {(module, neuron) for module, neuron in claimed} == {(name, row) for name in held for row in held[name]}
 
 
 def test_of_an_adapter_the_row_of_lora_b_is_told(lora_scenario: Scenario) -> None:
