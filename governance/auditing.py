@@ -1,11 +1,11 @@
-"""Auditing: what was recorded, and whether record, artifacts, claims and weights still agree."""
+"""Auditing: whether record, artifacts, claims and weights still agree."""
 
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -20,7 +20,6 @@ from governance.record_checks import (
     check_records,
     check_registration,
     check_states,
-    event_payload,
 )
 from governance.weight_state import changed_file, changed_files
 from governance.working_files import measure_working
@@ -33,20 +32,6 @@ from registry.schema import Identification, Lineage, Model, Patch, PromptSet
 from registry.signatures import SignedBy
 
 Chosen = TypeVar("Chosen", Lineage, Model, Patch, Identification, PromptSet)
-
-
-@dataclass(frozen=True)
-class EventSummary:
-    """One ledger event with its payload as an object."""
-
-    sequence: int
-    created_at: str
-    actor: str
-    action: str
-    subject_kind: str
-    subject_name: str
-    payload: dict[str, Any]
-    hash: str
 
 
 @dataclass(frozen=True)
@@ -77,29 +62,6 @@ class Verification:
     def verified(self) -> bool:
         """Whether nothing was found."""
         return not self.findings
-
-
-def audit_log(
-    workspace: Workspace, *, actions: tuple[str, ...] = (), actor: str | None = None, subject: str | None = None
-) -> list[EventSummary]:
-    """Return the ledger's events in order, filtered by action prefix, actor or subject name."""
-    with workspace.registry.read() as session:
-        return [
-            EventSummary(
-                sequence=event.sequence,
-                created_at=event.created_at,
-                actor=event.actor,
-                action=event.action,
-                subject_kind=event.subject_kind,
-                subject_name=event.subject_name,
-                payload=event_payload(event),
-                hash=event.hash,
-            )
-            for event in ledger.events(session)
-            if (not actions or event.action.startswith(actions))
-            and (actor is None or event.actor == actor)
-            and (subject is None or event.subject_name == subject)
-        ]
 
 
 def verify(
