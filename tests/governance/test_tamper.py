@@ -25,7 +25,7 @@ from governance.prompt_sets import PromptSource
 from governance.workspace import Workspace
 from registry import ledger, queries
 from registry.database import Registry
-from registry.heads import Head
+from registry.head_lines import Head
 from registry.record_digests import KINDS
 from registry.schema import Base, LedgerEvent, Patch, SafetyDimension
 from tests.databases import PostgreSQLDatabases, SQLiteDatabases
