@@ -1,11 +1,11 @@
-"""Auditing: what was recorded, and whether record, artifacts, claims and weights still agree."""
+"""Auditing: whether record, artifacts, claims and weights still agree."""
 
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -21,7 +21,6 @@ from governance.record_checks import (
     check_registration,
     check_states,
 )
-from governance.told_records import event_payload
 from governance.weight_state import changed_file, changed_files
 from governance.working_files import measure_working
 from governance.workspace import Workspace
@@ -34,20 +33,6 @@ from registry.schema import Identification, Lineage, Model, Patch, PromptSet
 from registry.signatures import SignedBy
 
 Chosen = TypeVar("Chosen", Lineage, Model, Patch, Identification, PromptSet)
-
-
-@dataclass(frozen=True)
-class EventSummary:
-    """One ledger event with its payload as an object."""
-
-    sequence: int
-    created_at: str
-    actor: str
-    action: str
-    subject_kind: str
-    subject_name: str
-    payload: dict[str, Any]
-    hash: str
 
 
 @dataclass(frozen=True)
@@ -80,29 +65,6 @@ class Verification:
         return not self.findings
 
 
-def audit_log(
-    workspace: Workspace, *, actions: tuple[str, ...] = (), actor: str | None = None, subject: str | None = None
-) -> list[EventSummary]:
-    """Return the ledger's events in order, filtered by action prefix, actor or subject name."""
-    with workspace.registry.read() as session:
-        return [
-            EventSummary(
-                sequence=event.sequence,
-                created_at=event.created_at,
-                actor=event.actor,
-                action=event.action,
-                subject_kind=event.subject_kind,
-                subject_name=event.subject_name,
-                payload=event_payload(event),
-                hash=event.hash,
-            )
-            for event in ledger.events(session)
-            if (not actions or event.action.startswith(actions))
-            and (actor is None or event.actor == actor)
-            and (subject is None or event.subject_name == subject)
-        ]
-
-
 def verify(
     workspace: Workspace,
     *,
@@ -111,7 +73,7 @@ def verify(
     public_keys: Sequence[Path] = (),
     kept_heads: Path | None = None,
 ) -> Verification:
-    """Check the ledger against its exported heads, artifacts against digests, claims against artifacts, and files.
+    """Check the ledger against its exported heads, every record against the ledger, artifacts, claims and files.
 
     Args:
         workspace: the registry.

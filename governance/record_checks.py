@@ -73,8 +73,7 @@ def check_records(
     dangling = list(dangling_rows(session))
     readable = all(rows.table == ProtectedNeuron.__tablename__ for rows in dangling)  # claims are read without
     found = [
-        Disagreement(f"{rows.table} with {rows.key}", f"{rows.missing} has no such row, so it is nobody's")
-        for rows in dangling
+        Disagreement(f"{rows.table} with {rows.key}", f"there is no such row in {rows.missing}") for rows in dangling
     ]
     compared: Counter[str] = Counter()
     without: Counter[str] = Counter()

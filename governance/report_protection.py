@@ -1,12 +1,21 @@
 """What the report shows of protection: which neurons are protected, module by module, and how dimensions overlap."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sqlalchemy import and_, func, select
+from sqlalchemy import ColumnElement, and_, case, func, select
 from sqlalchemy.orm import Session
 
-from registry import queries
-from registry.schema import Identification, IdentifiedNeuron, Lineage, Patch, ProtectedDirection, ProtectedNeuron
+from registry import claims, queries
+from registry.schema import (
+    Disposition,
+    Identification,
+    IdentifiedNeuron,
+    Lineage,
+    Patch,
+    ProtectedDirection,
+    ProtectedNeuron,
+)
 
 
 @dataclass(frozen=True)
@@ -128,13 +137,8 @@ def protection_map(session: Session, lineage: Lineage) -> ProtectionMap:
     counts: dict[tuple[int, str], dict[str, int]] = {}
     modules = queries.modules(session, lineage.subject_id)
     place = {module.id: (module.block, module.kind) for module in modules}
-    query = (
-        select(ProtectedNeuron.module_id, ProtectedNeuron.patch_id, func.count())
-        .where(ProtectedNeuron.lineage_id == lineage.id)
-        .group_by(ProtectedNeuron.module_id, ProtectedNeuron.patch_id)
-    )
     claimed = set()
-    for module_id, patch_id, count in session.execute(query):
+    for (module_id, patch_id), count in claims.claim_counts(session, lineage.id).items():
         dimension = patches[patch_id].dimension.name
         claimed.add(dimension)
         held = counts.setdefault(place[module_id], {})
@@ -196,28 +200,16 @@ def overlap_table(session: Session, lineage: Lineage) -> OverlapTable:
     """Count, for every identification, the selected neurons that were protected already, by dimension."""
     patches = queries.list_patches(session, lineage.id)
     dimension_of: dict[int | None, str] = {patch.id: patch.dimension.name for patch in patches}
-    query = (
-        select(
-            IdentifiedNeuron.identification_id,
-            IdentifiedNeuron.disposition,
-            IdentifiedNeuron.protected_by,
-            func.count(),
-        )
-        .join(Identification, Identification.id == IdentifiedNeuron.identification_id)
-        .where(Identification.lineage_id == lineage.id)
-        .group_by(IdentifiedNeuron.identification_id, IdentifiedNeuron.disposition, IdentifiedNeuron.protected_by)
-    )
     free: dict[int, int] = {}
     benign: dict[int, int] = {}
     held: dict[int, dict[str, int]] = {}
-    for identification, disposition, holder, count in session.execute(query):
-        if disposition == "protected":
-            by = held.setdefault(identification, {})
-            name = dimension_of.get(holder, "a patch not recorded")
-            by[name] = by.get(name, 0) + count
-        else:
-            counted = benign if disposition == "benign-overlap" else free
-            counted[identification] = counted.get(identification, 0) + count
+    # Two questions, since grouping all neurons by disposition sorts them: they run to millions.
+    for identification, selected, overlapping in _dispositions(session, lineage):
+        free[identification], benign[identification] = selected, overlapping
+    for identification, holder, count in _holders(session, lineage):
+        by = held.setdefault(identification, {})
+        name = dimension_of.get(holder, "a patch not recorded")
+        by[name] = by.get(name, 0) + count
     holders = {name for by in held.values() for name in by}
     order = (*(name for name in dict.fromkeys(dimension_of.values()) if name in holders),)
     order += tuple(sorted(holders - set(order)))
@@ -240,6 +232,37 @@ def overlap_table(session: Session, lineage: Lineage) -> OverlapTable:
             )
         )
     return OverlapTable(order, tuple(rows))
+
+
+def _dispositions(session: Session, lineage: Lineage) -> Iterator[tuple[int, int, int]]:
+    """Identification, neurons that it selected and nobody held, and benign ones."""
+
+    def counted(disposition: Disposition) -> ColumnElement[int]:
+        return func.sum(case((IdentifiedNeuron.disposition == disposition, 1), else_=0))
+
+    query = (
+        select(IdentifiedNeuron.identification_id, counted("selected"), counted("benign-overlap"))
+        .where(_identified_in(lineage))
+        .group_by(IdentifiedNeuron.identification_id)
+    )
+    for identification, selected, benign in session.execute(query):
+        yield identification, int(selected), int(benign)
+
+
+def _holders(session: Session, lineage: Lineage) -> Iterator[tuple[int, int | None, int]]:
+    """Identification, patch, and selected neurons that the patch held."""
+    query = (
+        select(IdentifiedNeuron.identification_id, IdentifiedNeuron.protected_by, func.count())
+        .where(_identified_in(lineage), IdentifiedNeuron.disposition == "protected")
+        .group_by(IdentifiedNeuron.identification_id, IdentifiedNeuron.protected_by)
+    )
+    for identification, holder, count in session.execute(query):
+        yield identification, holder, int(count)
+
+
+def _identified_in(lineage: Lineage) -> ColumnElement[bool]:
+    runs = select(Identification.id).where(Identification.lineage_id == lineage.id)
+    return IdentifiedNeuron.identification_id.in_(runs)
 
 
 def direction_claims(session: Session, lineage: Lineage) -> tuple[DirectionClaim, ...]:

@@ -96,6 +96,18 @@ def claims(session: Session, lineage_id: int) -> Iterator[Claim]:
         yield Claim(module_id, patch_id, array("q", sorted(map(int, neurons.split(",")))))
 
 
+def claim_counts(session: Session, lineage_id: int) -> dict[tuple[int, int], int]:
+    """How many neurons each patch of a lineage claims of each module: (module id, patch id) → count, without zeros."""
+    patches = select(Patch.id).where(Patch.lineage_id == lineage_id)
+    query = (
+        select(ProtectedNeuron.module_id, ProtectedNeuron.patch_id, func.count())
+        .where(ProtectedNeuron.lineage_id == lineage_id, ProtectedNeuron.patch_id.in_(patches))
+        # In the order of the index on patches, which holds the whole key: a million rows are counted without sorting.
+        .group_by(ProtectedNeuron.patch_id, ProtectedNeuron.lineage_id, ProtectedNeuron.module_id)
+    )
+    return {(module_id, patch_id): count for module_id, patch_id, count in session.execute(query)}
+
+
 def protected(session: Session, lineage_id: int) -> dict[int, dict[int, int]]:
     """Every protected neuron of a lineage: module id → neuron → patch id."""
     found: dict[int, dict[int, int]] = {}

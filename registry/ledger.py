@@ -3,11 +3,11 @@
 What an event hashes to and how the chain is checked stands in `registry.chain`, which knows no database.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from registry.chain import (
@@ -94,12 +94,25 @@ def ledger_head(session: Session) -> tuple[int, str]:
     return (0, GENESIS) if last is None else (last.sequence, last.hash)
 
 
-def events(session: Session, *, after: int = 0, chunk: int = 2000) -> Iterator[Event]:
-    """The events by sequence, streamed. `after` leaves out events up to that sequence."""
+def events(
+    session: Session,
+    *,
+    after: int = 0,
+    where: Sequence[ColumnElement[bool]] = (),
+    newest_first: bool = False,
+    chunk: int = 2000,
+) -> Iterator[Event]:
+    """The events by sequence, streamed.
+
+    Args:
+        after: leaves out events up to that sequence.
+        where: conditions on `LedgerEvent` that the database checks.
+        newest_first: in descending order.
+    """
     table = LedgerEvent.__table__
-    query = select(*(table.c[name] for name in Event.__slots__)).where(table.c.sequence > after)
-    rows = session.execute(query.order_by(table.c.sequence).execution_options(yield_per=chunk))
-    for row in rows:
+    query = select(*(table.c[name] for name in Event.__slots__)).where(table.c.sequence > after, *where)
+    order = table.c.sequence.desc() if newest_first else table.c.sequence
+    for row in session.execute(query.order_by(order).execution_options(yield_per=chunk)):
         yield Event(*row)
 
 

@@ -119,6 +119,36 @@ def module_ids(session: Session, model_id: int) -> dict[str, int]:
     return {module.name: module.id for module in modules(session, model_id)}
 
 
+def get_module(session: Session, lineage: Lineage, name: str) -> ModelModule:
+    """The module of a lineage's subject that has this name, or alone ends with it after a dot.
+
+    Raises:
+        RecordNotFoundError: there is none, or several names end so; the message lists the nearest, or those.
+    """
+    found = modules_named(session, lineage, name)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        shown = ", ".join(module.name for module in found[:3]) + (", …" if len(found) > 3 else "")
+        raise RecordNotFoundError(
+            f"{len(found)} modules of lineage {lineage.name!r} end with {name!r}", f"Name one: {shown}"
+        )
+    parts = name.count(".") + 1
+    names = [module.name for module in modules(session, lineage.subject_id)]
+    endings = {".".join(full.split(".")[-parts:]): full for full in names}
+    near = [endings[ending] for ending in get_close_matches(name, endings, n=3, cutoff=0.6)]
+    listing = f"`neuronledger audit capacity {lineage.name}`"
+    mend = f"Did you mean {', '.join(near)}; {listing} lists all" if near else f"Run {listing}, which lists them"
+    raise RecordNotFoundError(f"lineage {lineage.name!r} has no module {name!r}", mend)
+
+
+def modules_named(session: Session, lineage: Lineage, name: str) -> tuple[ModelModule, ...]:
+    """The module of a lineage's subject that has this name; if there is none, all whose names end with it."""
+    known = modules(session, lineage.subject_id)
+    exact = tuple(module for module in known if module.name == name)
+    return exact or tuple(module for module in known if module.name.endswith(f".{name}"))
+
+
 def lineage_files(session: Session, lineage_id: int) -> dict[str, LineageFile]:
     """File name → the working checkpoint's file, as last recorded."""
     query = select(LineageFile).where(LineageFile.lineage_id == lineage_id).order_by(LineageFile.file)

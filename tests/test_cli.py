@@ -135,6 +135,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory, sqlite_databases: SQLiteD
     trio = Trio(save_variant(aligned, place / "subject", seed=2), aligned, base)
     with Registry.open(sqlite_databases.migrated(place / "registry")) as registry:
         scenario = build(Workspace(registry=registry, actor="tester"), trio, write_prompts(place / "prompts"))
+        scenario.identify("weapons")
         found = scenario.identify("animals")
         apply_patch(scenario.workspace, plan_patch(scenario.workspace, "line", found.identification), 'a, "b"\nc')
         yield scenario
@@ -154,8 +155,22 @@ LIST_ARGUMENTS: dict[tuple[str, ...], list[str]] = {
     ("patch", "list"): ["line"],
     ("audit", "log"): [],
     ("audit", "heads"): [],
+    ("audit", "neuron"): ["line", "layers.0.mlp.up_proj", "NEURON"],
+    ("audit", "at"): ["2100-01-01"],
+    ("audit", "diff"): ["line", "subject", "head"],
+    ("audit", "overlap"): ["line"],
+    ("audit", "capacity"): ["line", "--by", "kind"],
     ("evaluate",): ["line", "--max-new-tokens", "2", "--dimension", "animals"],
 }
+
+LIST_WITHIN = {("audit", "neuron"): "history", ("audit", "diff"): "modules"}
+"""Commands whose JSON is an object with the list that their CSV is."""
+
+
+def _arguments(scenario: Scenario, path: tuple[str, ...]) -> list[str]:
+    """The arguments of a list; a protected neuron's number in the place of NEURON."""
+    neuron = min(scenario.claims()["model.layers.0.mlp.up_proj"])
+    return [*path, *(str(neuron) if word == "NEURON" else word for word in LIST_ARGUMENTS[path])]
 
 
 def test_every_list_is_tried() -> None:
@@ -164,8 +179,10 @@ def test_every_list_is_tried() -> None:
 
 @pytest.mark.parametrize("path", LIST_ARGUMENTS, ids=" ".join)
 def test_a_list_is_the_same_as_json_as_csv_and_as_a_table(scenario: Scenario, path: tuple[str, ...]) -> None:
-    arguments = [*path, *LIST_ARGUMENTS[path]]
+    arguments = _arguments(scenario, path)
     records = json.loads(_run(scenario, *arguments, "--json"))
+    if path in LIST_WITHIN:
+        records = records[LIST_WITHIN[path]]
     assert records
     assert all(isinstance(record, dict) for record in records)
     rows = list(csv.DictReader(io.StringIO(_run(scenario, *arguments, "--csv"))))
@@ -181,12 +198,13 @@ def test_a_list_is_the_same_as_json_as_csv_and_as_a_table(scenario: Scenario, pa
 
 def test_a_list_without_records_is_empty_in_every_form(tmp_path: Path, sqlite_databases: SQLiteDatabases) -> None:
     url = sqlite_databases.migrated(tmp_path / "empty")
-    for path in LIST_ARGUMENTS:
-        if path[0] in {"patch", "evaluate"}:
+    for path, given in LIST_ARGUMENTS.items():
+        if "line" in given:
             continue
-        assert json.loads(CliRunner().invoke(main, [*path, "--json", "--database", url]).stdout) == []
+        arguments = [*path, *given, "--database", url]
+        assert json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout) == []
         for form in ([], ["--csv"]):
-            assert CliRunner().invoke(main, [*path, *form, "--database", url]).exit_code == 0
+            assert CliRunner().invoke(main, [*arguments, *form]).exit_code == 0
 
 
 JSON_ARGUMENTS = (
@@ -207,6 +225,59 @@ def test_other_results_are_json_too(scenario: Scenario, arguments: tuple[str, ..
     content = json.loads(_run(scenario, *arguments, "--json"))
     assert isinstance(content, list if arguments == ("recover",) else dict)
     assert _run(scenario, *arguments) not in {"", "\n"}
+
+
+QUESTIONS = (
+    (["audit", "log", "--dimension", "animals", "--newest-first", "--limit", "1"], "Audit ledger"),
+    (["audit", "log", "--module", "layers.0.mlp.up_proj", "--since", "2020-01-01"], "patch.applying"),
+    (["audit", "neuron", "line", "layers.0.mlp.up_proj", "NEURON"], "It is protected by patch 1 (animals) since"),
+    (["audit", "at", "2100-01-01"], "Lineages at 2100-01-01 23:59:59 UTC"),
+    (["audit", "diff", "line", "subject", "1"], "The weights differ."),
+    (["audit", "diff", "line", "head", "head"], "No patch lies between them."),
+    (["audit", "overlap", "line"], "selected by both"),
+    (["audit", "capacity", "line"], "neurons are left to later patches."),
+)
+
+
+@pytest.mark.parametrize(("arguments", "answer"), QUESTIONS, ids=lambda value: " ".join(value[:4]))
+def test_a_question_is_answered_in_words(scenario: Scenario, arguments: list[str], answer: str) -> None:
+    neuron = str(min(scenario.claims()["model.layers.0.mlp.up_proj"]))
+    assert answer in _run(scenario, *(neuron if word == "NEURON" else word for word in arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["audit", "log", "--since", "yesterday"], "'yesterday' is not a date or a time of ISO 8601. Give a date"),
+        (["audit", "log", "--limit", "0"], "'--limit'"),
+        (["audit", "log", "--by", "nobody"], "no event by 'nobody'. Name one of"),
+        (["audit", "neuron", "line", "up_proj", "0"], "2 modules of lineage 'line' end with 'up_proj'"),
+        (["audit", "diff", "line", "head", "7"], "lineage 'line' has no patch 7. Its patches are 1"),
+        (["audit", "at", "1999-01-01", "--lineage", "line"], "lineage line was not there"),
+    ],
+)
+def test_a_question_that_cannot_be_answered_is_one_line(scenario: Scenario, arguments: list[str], problem: str) -> None:
+    result = CliRunner().invoke(main, [*arguments, "--database", scenario.workspace.registry.url])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert problem in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_questions_about_records_do_not_wait_for_torch(scenario: Scenario) -> None:
+    """Only the bytes of a neuron's row are read with it."""
+    program = (
+        "import sys, cli\n"
+        "for arguments in (['log'], ['at', '2100-01-01'], ['diff', 'line', 'subject', 'head'], ['overlap', 'line'],\n"
+        "                  ['capacity', 'line']):\n"
+        "    try:\n"
+        "        cli.main(['audit', *arguments, '--json', '--database', sys.argv[1]])\n"
+        "    except SystemExit as end:\n"
+        "        assert not end.code\n"
+        "print('LOADED', *sys.modules)"
+    )
+    loaded = set(_python("-c", program, scenario.workspace.registry.url)[1].rpartition("LOADED")[2].split())
+    assert "governance.state_diff" in loaded
+    assert not loaded & {"torch", "transformers"}
 
 
 def test_the_environment_names_registry_and_actor(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:

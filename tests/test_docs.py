@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from governance.auditing import audit_log
 from governance.commands.rendering import plain
+from governance.event_log import audit_log
 from governance.ledger_proof import sign_ledger
 from governance.workspace import Workspace
 from registry.database import Registry

@@ -1,6 +1,5 @@
-"""`neuronledger audit`: read the ledger, verify it, explain and rebuild the weights, write the report."""
+"""`neuronledger audit`: ask the registry, verify it, explain and rebuild the weights, write the report."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,8 @@ import click
 
 from governance.commands.audit_heads import heads, sign, signature_lines
 from governance.commands.audit_pack import export, verify_pack
-from governance.commands.options import json_option, list_options, workspace_options
+from governance.commands.audit_questions import QUESTIONS
+from governance.commands.options import json_option, workspace_options
 
 if TYPE_CHECKING:
     from governance.explanation import Explanation
@@ -18,58 +18,17 @@ if TYPE_CHECKING:
     from governance.workspace import Workspace
 
 
-@click.group(short_help="Read the ledger, verify it, explain and rebuild the weights, write the report.")
+@click.group(short_help="Ask the registry, verify it, explain and rebuild the weights, write the report.")
 def audit() -> None:
-    """Read the ledger, verify record, artifacts and weights, explain and rebuild the weights, write the report."""
+    """Ask the registry, verify record, artifacts and weights, explain and rebuild the weights, write the report."""
 
 
 audit.add_command(heads)
 audit.add_command(sign)
 audit.add_command(export)
 audit.add_command(verify_pack)
-
-
-@audit.command("log")
-@click.option("--action", "actions", multiple=True, metavar="PREFIX", help="Only such events, e.g. patch or refused.")
-@click.option("--by", "actor_filter", metavar="NAME", help="Only events of this actor.")
-@click.option("--subject", metavar="NAME", help="Only events of this model, dimension or lineage.")
-@list_options
-@workspace_options
-def log(
-    workspace: "Workspace",
-    actions: tuple[str, ...],
-    actor_filter: str | None,
-    subject: str | None,
-    as_json: bool,
-    as_csv: bool,
-) -> None:
-    """List the events of the ledger."""
-    from governance.auditing import audit_log
-    from governance.commands.rendering import emit_list, table
-
-    events = audit_log(workspace, actions=actions, actor=actor_filter, subject=subject)
-    emit_list(
-        events,
-        as_json,
-        as_csv,
-        lambda: table(
-            "Audit ledger",
-            ["event", "time", "actor", "action", "subject", "content", "hash"],
-            [
-                [
-                    event.sequence,
-                    event.created_at[:19].replace("T", " "),
-                    event.actor,
-                    event.action,
-                    f"{event.subject_kind} {event.subject_name}",
-                    _brief(event.payload),
-                    event.hash[:10],
-                ]
-                for event in events
-            ],
-            right=["event"],
-        ),
-    )
+for question in QUESTIONS:
+    audit.add_command(question)
 
 
 @audit.command("verify")
@@ -279,14 +238,3 @@ def _replay_table(outcome: "Replay") -> None:
 
 def _findings(findings: Sequence[object]) -> str:
     return "1 finding" if len(findings) == 1 else f"{len(findings):,} findings"
-
-
-def _brief(payload: dict[str, object]) -> str:
-    """Return the parts of a payload that fit a line: digests shortened, nested parts left out."""
-    parts = []
-    for name, value in payload.items():
-        if isinstance(value, (dict, list)) or value in ("", None):
-            continue
-        text = value if isinstance(value, str) else json.dumps(value)
-        parts.append(f"{name} {text[:12] + '…' if len(text) == 64 and ' ' not in text else text}")
-    return ", ".join(parts)

@@ -56,7 +56,7 @@ def heads(workspace: "Workspace", output: Path | None, as_json: bool, as_csv: bo
             right=columns[:3],
         )
 
-    emit_list(lines, as_json, as_csv, people, ["line", "count", "after", "at", "hash", "key", "problem"])
+    emit_list(lines, as_json, as_csv, people)
 
 
 @click.command("sign")

@@ -4,7 +4,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,21 +30,27 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     console.print(view)
 
 
-def emit_list(
-    items: Sequence[Any], as_json: bool, as_csv: bool, people: Callable[[], None], fields: Sequence[str] | None = None
-) -> None:
+def emit_list(items: Sequence[Any], as_json: bool, as_csv: bool, people: Callable[[], None]) -> None:
     """Print a list of records as JSON, as CSV or, by calling `people`, as a table."""
-    records = [plain(item) for item in items]
     if as_json:
-        click.echo(json.dumps(records, indent=2, ensure_ascii=False))
+        click.echo(json.dumps([plain(item) for item in items], indent=2, ensure_ascii=False))
     elif as_csv:
-        names = list(fields or (records[0] if records else ()))
+        records = [plain(item) for item in items]
+        names = list(records[0] if records else ())
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(names)
         for record in records:
             writer.writerow([_cell(record.get(name)) for name in names])
     else:
         people()
+
+
+def emit_records(item: Any, records: Sequence[Any], as_json: bool, as_csv: bool, people: Callable[[], None]) -> None:
+    """Print a result that has a list of records: whole as JSON or by calling `people`, the list alone as CSV."""
+    if as_csv:
+        emit_list(records, False, True, people)
+    else:
+        emit(item, as_json, people)
 
 
 def emit(item: Any, as_json: bool, people: Callable[[], None]) -> None:
@@ -58,7 +64,7 @@ def emit(item: Any, as_json: bool, people: Callable[[], None]) -> None:
 def plain(value: Any) -> Any:
     """Return a value in the types of JSON: records become objects, times ISO 8601, paths text."""
     if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -27,3 +27,9 @@ def test_own_phrases_replace_the_published_ones():
 def test_phrases_that_judge_everything_alike_are_refused(phrases):
     with pytest.raises(SettingsError, match="phrase"):
         RefusalPhraseJudge(phrases)
+
+
+def test_judges_of_other_phrases_have_other_digests() -> None:
+    phrases = [("I cannot",), ("I cannot", "Sorry"), ("Sorry", "I cannot"), ('I cannot", "Sorry',)]
+    assert len({RefusalPhraseJudge(chosen).digest for chosen in phrases}) == len(phrases)
+    assert RefusalPhraseJudge(phrases[0], name="a").digest == RefusalPhraseJudge(phrases[0], name="b").digest

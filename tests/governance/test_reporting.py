@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from governance.auditing import audit_log
 from governance.errors import InputError, PlanError
 from governance.evaluation import EvaluationRequest, evaluate
+from governance.event_log import LogQuery, audit_log
 from governance.identification import run_identification
 from governance.lineages import create_lineage
 from governance.patch_records import list_patches, show_patch
@@ -278,7 +278,7 @@ def test_date_of_generation_is_the_clock_of_the_workspace(scenario: Scenario, tm
 
 
 def test_timeline_says_who_did_what_why_and_which_event_tells_so(patched: Scenario, page: Page) -> None:
-    events = {event.action: event.sequence for event in audit_log(patched.workspace, subject="line")}
+    events = {event.action: event.sequence for event in audit_log(patched.workspace, LogQuery(subject="line"))}
     shown = [row[1:] for row in page.tables["table-timeline"][1:]]
     assert [row[0] for row in shown] == ["lineage created", "applied", "applied", "reverted", "refused: patch revert"]
     assert shown[2] == ["applied", "2|weapons", "tester", "because of weapons", str(events["patch.applied"])]

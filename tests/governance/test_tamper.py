@@ -4,20 +4,25 @@ No column is left out but those of `alembic_version`, without which no registry 
 is being written: it is gone when that is done.
 """
 
+import json
 import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from sqlalchemy import text, update
 
+from algorithms.judges import RefusalPhraseJudge
+from governance import evaluation
 from governance.auditing import verify
+from governance.evaluation import EvaluationRequest, evaluate
+from governance.prompt_sets import PromptSource
 from governance.workspace import Workspace
-from registry import ledger
+from registry import ledger, queries
 from registry.database import Registry
-from registry.heads import Head
 from registry.record_digests import KINDS
 from registry.schema import Base, LedgerEvent, Patch, SafetyDimension
 from tests.databases import PostgreSQLDatabases, SQLiteDatabases
@@ -25,7 +30,7 @@ from tests.fault_tally import EditTally
 from tests.governance.conftest import Trios
 from tests.governance.faults import flip_byte
 from tests.governance.governed import TUNED, govern
-from tests.governance.scenarios import Scenario
+from tests.governance.scenarios import Scenario, events_of
 from tests.governance.tampering import Attacker, Edit, edits
 
 
@@ -174,6 +179,36 @@ def test_what_is_recorded_after_older_records_has_digests(governed_sqlite: Works
     assert "patch 3 of line" in {finding.subject for finding in verify(governed_sqlite).findings}
 
 
+def test_the_event_of_an_evaluation_holds_digests_of_prompts_and_judge(governed_sqlite: Workspace) -> None:
+    told = [content for action, content in events_of(governed_sqlite) if action == "evaluation.recorded"]
+    with governed_sqlite.registry.read() as session:
+        digests = {prompt_set.id: prompt_set.digest for prompt_set in queries.prompt_sets(session)}
+        figures = [
+            record
+            for name in ("line", TUNED)
+            for record in queries.evaluations(session, queries.lineage_id(session, name))
+        ]
+    assert [figure["prompts"] for content in told for figure in content["figures"]] == [
+        digests[figure.prompt_set_id or 0] for figure in figures
+    ]
+    assert {content["judge_digest"] for content in told} == {RefusalPhraseJudge().digest}
+    assert {f"evaluation {figure.id}" for figure in figures} <= {
+        name for content in told for name in content["records"]
+    }
+
+
+def test_prompts_of_an_evaluation_that_fails_leave_no_record(
+    governed_sqlite: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "more.jsonl").write_text(json.dumps({"prompt": "what is a cake ?", "answer": "good"}) + "\n")
+    more = {"more": PromptSource(str(tmp_path / "more.jsonl"), answer_column="answer")}
+    monkeypatch.setattr(evaluation, "generate", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(governed_sqlite, "line", EvaluationRequest(accuracy=more, max_new_tokens=2))
+    outcome = verify(governed_sqlite)
+    assert (outcome.findings, outcome.checked["prompt sets"]) == ((), 10)
+
+
 def test_every_table_is_part_of_a_record_or_compared_otherwise() -> None:
     parts = {owner.class_.__tablename__ for kind in KINDS for owner in (kind.row.id, *kind.parts)}
     otherwise = {"protected_neurons", "lineage_locks", "ledger_events"}
@@ -186,7 +221,7 @@ def _forget_digests(workspace: Workspace, before: int) -> None:
     with workspace.registry.write() as session:
         for name in ("ledger_events_no_update", "ledger_events_continue"):
             session.execute(text(f"DROP TRIGGER {name}"))
-        previous, last = ledger.GENESIS, None
+        previous = ledger.GENESIS
         for event in list(ledger.events(session)):
             content = event.content()
             if event.sequence < before:
@@ -201,7 +236,5 @@ def _forget_digests(workspace: Workspace, before: int) -> None:
             previous = ledger.event_hash(**fields)
             rewritten = update(LedgerEvent).where(LedgerEvent.sequence == event.sequence)
             session.execute(rewritten.values(**fields, hash=previous))
-            last = Head(event.sequence, previous, event.created_at)
     workspace.registry.heads.path.unlink()
-    assert last is not None
-    workspace.registry.heads.append(last)
+    workspace.registry.complete_heads()

@@ -1,0 +1,41 @@
+"""What docs/registry.md tells of the registry's tables and views is what is there, and its queries run."""
+
+import re
+from pathlib import Path
+
+import pytest
+from sqlalchemy import inspect, text
+
+from registry.database import Registry
+from registry.schema import Base
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "registry.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL)
+QUERIES = [query.strip() for block in BLOCKS for query in block.split(";") if query.strip()]
+
+
+def test_every_view_is_documented_with_its_columns(registry: Registry) -> None:
+    documented = {
+        name: re.findall(r"`(\w+)`", columns)
+        for name, columns in re.findall(r"^\| `(v_\w+)` \|[^|]*\|([^|]*)\|$", PAGE, re.MULTILINE)
+    }
+    inspector = inspect(registry.engine)
+    present = {name: [column["name"] for column in inspector.get_columns(name)] for name in inspector.get_view_names()}
+    assert documented == present
+
+
+def test_every_table_is_documented() -> None:
+    named = set(re.findall(r"`(\w+)`", PAGE))
+    assert {table for table in Base.metadata.tables if table not in named} == {"identification_prompt_sets"}
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.splitlines()[0].lstrip("- "))
+def test_every_documented_query_runs(registry: Registry, query: str) -> None:
+    with registry.read() as session:
+        assert session.execute(text(query)).all() == []
+
+
+def test_every_view_has_an_example() -> None:
+    assert {view for query in QUERIES for view in re.findall(r"FROM (v_\w+)", query)} == set(
+        re.findall(r"^\| `(v_\w+)`", PAGE, re.MULTILINE)
+    )
