@@ -186,7 +186,7 @@ def _gather(workspace: Workspace, session: Session, lineage: str, place: Path, *
         for owner in (kind.row.id, *kind.parts):
             member = records_member(owner.class_.__tablename__)
             files[member] = place / member.replace("/", "-")
-            _write_lines(files[member], ((row.line, 1) for row in stored_rows(session, owner, ids)))
+            _write_lines(files[member], ((row + b"\n", 1) for row in stored_rows(session, owner, ids)))
     records = read_records(lambda member: _read_lines(files[member]))
     files[CLAIMS] = place / CLAIMS
     protected = _write_lines(files[CLAIMS], _claim_lines(session, lineage_id, records))

@@ -1,7 +1,8 @@
 """The records of an evidence pack: each one's digest worked out anew, and what the checks have to know of them.
 
-Rows stand in one member for each table, as they are hashed (`registry.record_digests`): by the id of the record that
-they belong to, and within a record in the order in which they are hashed. So a row that is elsewhere is found, too.
+Rows stand in one member for each table, one a line, in the JSON that is hashed (`registry.record_digests`): by the id
+of the record that they belong to, and within a record in the order in which they are hashed. So a row that is elsewhere
+is found, too. What is hashed of a record is, for each table that holds rows of it, `["TABLE",ROW,…]` and a line feed.
 """
 
 import hashlib
@@ -74,6 +75,7 @@ _TYPES: Mapping[str, Mapping[str, tuple[type, ...]]] = {
 
 _KEPT = frozenset(form.table for form in FORMS)
 _LARGEST = 2**63 - 1
+_END = b"]\n"
 
 
 @dataclass
@@ -120,18 +122,25 @@ def read_records(lines: Lines) -> PackRecords:
     for form in FORMS:
         digests: dict[int, Any] = {}
         for table, owner in form.tables:
-            for row, line in _rows(found, table, owner, lines):
+            last: int | None = None
+            for row, text in _rows(found, table, owner, lines):
                 record = row[owner]
                 if table == form.table:
                     found.rows[table][record] = row
                     digests[record] = hashlib.sha256()
                 elif record not in digests:
-                    found.problems.append(
-                        (records_member(table), f"a row belongs to {form.word} id {record}: not here")
-                    )
+                    problem = f"a row belongs to {form.word} id {record}, which is not here"
+                    found.problems.append((records_member(table), problem))
                     continue
-                digests[record].update(line)
+                if record != last:
+                    if last is not None:
+                        digests[last].update(_END)
+                    digests[record].update(f'["{table}"'.encode())
+                digests[record].update(b"," + text)
+                last = record
                 _keep(found, table, row)
+            if last is not None:
+                digests[last].update(_END)
         for record, digest in digests.items():
             name = found.name(form, found.rows[form.table][record])
             found.records.append(StoredRecord(form.word, name, digest.hexdigest()))
@@ -185,24 +194,25 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _rows(found: PackRecords, table: str, owner: str, lines: Lines) -> Iterator[tuple[Row, bytes]]:
-    """The rows of a member up to the first that is none."""
+    """The rows of a member with the bytes that are hashed, up to the first that is none."""
     last = 0
     for number, line in enumerate(lines(records_member(table)), start=1):
-        problem = None
-        entry = parse_json(line) if line.endswith(b"\n") else None
-        row = entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[0] == table else None
-        if not isinstance(row, dict) or not _is_number(row.get(owner)):
-            problem = f"is no row of {table}"
-        elif row[owner] < last or (owner == "id" and row[owner] == last):
-            problem = "is repeated or out of order"
-        else:
-            wrong = [name for name, types in _TYPES.get(table, {}).items() if not _has_type(row.get(name), types)]
-            problem = f"has no {wrong[0]} that can be read" if wrong else None
-        if problem is not None or row is None:
+        row: Any = parse_json(line) if line.endswith(b"\n") else None
+        problem = _row_problem(row, table, owner, last)
+        if problem is not None:
             found.problems.append((records_member(table), f"line {number} {problem}"))
             return
         last = row[owner]
-        yield row, line
+        yield row, line[:-1]
+
+
+def _row_problem(row: Any, table: str, owner: str, last: int) -> str | None:
+    if not isinstance(row, dict) or not _is_number(row.get(owner)):
+        return f"is no row of {table}"
+    if row[owner] < last or (owner == "id" and row[owner] == last):
+        return "is repeated or out of order"
+    wrong = [name for name, types in _TYPES.get(table, {}).items() if not _has_type(row.get(name), types)]
+    return f"has no {wrong[0]} that can be read" if wrong else None
 
 
 def _is_number(value: object) -> bool:

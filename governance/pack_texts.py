@@ -28,11 +28,12 @@ signature.json      Ed25519 over the manifest, if it was signed: "neuronledger e
 ledger.jsonl        every event of the ledger, one a line, in canonical JSON (RFC 8785). Without its field "hash", the
                     SHA-256 of a line (without its end) is that hash; "previous_hash" is that of the line before
 heads.jsonl         the exported heads of the ledger, as they stood beside the registry, signed lines among them
-records/            the rows of every record, one a line, as they are hashed: the SHA-256 of a record's lines, its
-                    tables in the order models, model_files, model_tensors, model_modules; lineages, lineage_files,
-                    lineage_tensors; identifications, identification_prompt_sets, layer_scores, identified_neurons;
-                    patches, patch_modules, approvals, protected_directions; and safety_dimensions, prompt_sets and
-                    evaluations each alone, stands in the "records" of the last event that speaks of it
+records/            the rows of every record, one a line, in the JSON that is hashed. A record's rows are hashed by
+                    table: for each that holds some, ["TABLE",ROW,ROW...] and a line feed, in the order models,
+                    model_files, model_tensors, model_modules; lineages, lineage_files, lineage_tensors;
+                    identifications, identification_prompt_sets, layer_scores, identified_neurons; patches,
+                    patch_modules, approvals, protected_directions; safety_dimensions, prompt_sets and evaluations
+                    each alone. The SHA-256 stands in "records" of the last event that speaks of the record
 claims.jsonl        the neurons that each applied patch protects, by module
 artifacts.jsonl     the artifacts that records name by SHA-256, and whether they are in this pack
 artifacts/          those that are: safetensors files

@@ -14,6 +14,8 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from typing import Any, cast
 
 from sqlalchemy import (
@@ -146,55 +148,66 @@ def stored_records(session: Session, kind: Kind, ids: Collection[int] | None = N
     digests = {identifier: hashlib.sha256() for identifier in names}
     unreadable: set[int] = set()
     for owner in (kind.row.id, *kind.parts):
-        for row in stored_rows(session, owner, ids):
-            if row.record not in digests:
-                continue  # belongs to no record: `dangling_rows` names it
-            digests[row.record].update(row.line)
-            if not row.readable:
-                unreadable.add(row.record)
+        for identifier, piece, readable in _pieces(session, owner, ids):
+            if identifier not in digests:
+                continue  # it belongs to no record: `dangling_rows` names it
+            digests[identifier].update(piece.encode("utf-8", "surrogatepass"))
+            if not readable:
+                unreadable.add(identifier)
     for identifier, name in names.items():
         yield StoredRecord(kind.word, name, digests[identifier].hexdigest(), identifier not in unreadable)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredRow:
-    """A row as it is hashed.
-
-    Attributes:
-        record: id of the record that it belongs to.
-        line: the JSON line, with its end.
-        readable: whether its times and its JSON are such.
-    """
-
-    record: int
-    line: bytes
-    readable: bool
+def _pieces(
+    session: Session, owner: InstrumentedAttribute[int], ids: Collection[int] | None
+) -> Iterator[tuple[int, str, bool]]:
+    """A table's lines of JSON, one for each record, in pieces: the record's id, text, whether what it says is read."""
+    columns = _columns(owner)
+    titles = [column.name for column in columns]
+    checks = [(number, check) for number, column in enumerate(columns) if (check := _check_of(column)) is not None]
+    stored = _stored(session, owner, ids)
+    for identifier, rows in groupby(stored, itemgetter(titles.index(owner.key))):
+        yield identifier, f'["{owner.class_.__tablename__}"', True
+        while chunk := list(islice(rows, _CHUNK)):
+            held = [_held(titles, row) for row in chunk]
+            readable = all(check(row[number]) for number, check in checks for row in chunk)
+            yield identifier, f",{_encode(held)[1:-1]}", readable
+        yield identifier, "]\n", True
 
 
 def stored_rows(
     session: Session, owner: InstrumentedAttribute[int], ids: Collection[int] | None = None
-) -> Iterator[StoredRow]:
-    """The rows of one table of a kind, record by record, each record's by primary key.
+) -> Iterator[bytes]:
+    """The rows of a table of a kind in the JSON that is hashed, by the id of the record and within it by primary key.
 
     Args:
         session: reads.
-        owner: the table's column that holds the record's id: `id` of the kind's own table, or one of its parts.
+        owner: the column of the table that holds the record's id: `id`, or one of the kind's parts.
         ids: of the records; all if left out.
     """
+    titles = [column.name for column in _columns(owner)]
+    for row in _stored(session, owner, ids):
+        yield _encode(_held(titles, row)).encode("utf-8", "surrogatepass")
+
+
+def _columns(owner: InstrumentedAttribute[int]) -> list[Column[Any]]:
     table: Table = owner.class_.__table__
-    columns = tuple(table.c)
-    titles = [column.name for column in columns]
-    place = titles.index(owner.key)
-    checks = [(number, check) for number, column in enumerate(columns) if (check := _check_of(column)) is not None]
-    query = select(*(_as_stored(session, column) for column in columns))
-    query = query.order_by(columns[place], *(_by_bytes(session, column) for column in table.primary_key))
-    begin = f'["{table.name}",'
+    return sorted(table.c, key=lambda column: column.name)
+
+
+def _held(titles: Iterable[str], row: Iterable[Any]) -> dict[str, Any]:
+    return {title: value for title, value in zip(titles, row, strict=True) if value is not None}
+
+
+def _stored(session: Session, owner: InstrumentedAttribute[int], ids: Collection[int] | None) -> Iterator[Any]:
+    """The values of a table's rows as they are stored, by the id of the record and within it by primary key."""
+    table: Table = owner.class_.__table__
+    place = table.c[owner.key]
+    query = select(*(_as_stored(session, column) for column in _columns(owner)))
+    query = query.order_by(place, *(_by_bytes(session, column) for column in table.primary_key))
     if owner.class_ is IdentifiedNeuron:
         query = query.execution_options(yield_per=_CHUNK)  # they run to millions
-    for values in _rows(session, query, columns[place], ids):
-        held = {name: value for name, value in zip(titles, values, strict=True) if value is not None}
-        line = f"{begin}{_encode(held)}]\n".encode("utf-8", "surrogatepass")
-        yield StoredRow(values[place], line, all(check(values[number]) for number, check in checks))
+    return chain.from_iterable(_rows(session, query, place, ids).partitions(_CHUNK))
 
 
 def records_of_lineage(session: Session, lineage_id: int) -> dict[Word, set[int]]:

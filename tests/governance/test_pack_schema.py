@@ -79,14 +79,11 @@ def _with_more(document: Any) -> Iterator[Any]:
     """A document with a field more, and one with a field less, in its first object."""
     if document == []:
         return
-    first = document[0] if isinstance(document, list) else document
-    inner = first[1] if isinstance(first, list) else first
-    if not isinstance(inner, dict):
+    if not isinstance(document[0] if isinstance(document, list) else document, dict):
         return
     for change in ("more", "less"):
         edited = copy.deepcopy(document)
         target = edited[0] if isinstance(edited, list) else edited
-        target = target[1] if isinstance(target, list) else target
         if change == "more":
             target["more"] = 1
         else:
