@@ -25,7 +25,6 @@ from governance.prompt_sets import PromptSource
 from governance.workspace import Workspace
 from registry import ledger, queries
 from registry.database import Registry
-from registry.head_lines import Head
 from registry.record_digests import KINDS
 from registry.schema import Base, LedgerEvent, Patch, SafetyDimension
 from tests.databases import PostgreSQLDatabases, SQLiteDatabases
@@ -251,7 +250,7 @@ def _forget_digests(workspace: Workspace, before: int) -> None:
     with workspace.registry.write() as session:
         for name in ("ledger_events_no_update", "ledger_events_continue"):
             session.execute(text(f"DROP TRIGGER {name}"))
-        previous, last = ledger.GENESIS, None
+        previous = ledger.GENESIS
         for event in list(ledger.events(session)):
             content = event.content()
             if event.sequence < before:
@@ -266,7 +265,5 @@ def _forget_digests(workspace: Workspace, before: int) -> None:
             previous = ledger.event_hash(**fields)
             rewritten = update(LedgerEvent).where(LedgerEvent.sequence == event.sequence)
             session.execute(rewritten.values(**fields, hash=previous))
-            last = Head(event.sequence, previous, event.created_at)
     workspace.registry.heads.path.unlink()
-    assert last is not None
-    workspace.registry.heads.append(last)
+    workspace.registry.complete_heads()
