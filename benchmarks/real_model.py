@@ -6,10 +6,10 @@
 Makes (or finds in the cache) an aligned adapter and a subject fine-tuned from it on SST-2 with 10 % unsafe rows,
 registers them with three dimensions, patches one dimension after the other with each preset, and prints harmfulness
 per dimension on held-out prompts, on harmful kinds that nothing was calibrated with, SST-2 accuracy and over-refusal.
-With `--method nlsr` it patches the first dimension for every β by whole neurons and by entries of factors, for β 0 by
-random neurons too, and measures each reference. A patch that is refused, as when a reference gives no safe answer any
-more, is a result. Every figure comes from `neuronledger evaluate --json`. A lineage whose figures are in the cache is
-not run again.
+With `--method nlsr` it patches the first dimension for every β by whole neurons and by entries of factors, for the
+least and the largest β by random neurons too, and measures each reference. A patch that is refused, as when a
+reference gives no safe answer any more, is a result. Every figure comes from `neuronledger evaluate --json`. A lineage
+whose figures are in the cache is not run again.
 
 Answers are judged by refusal phrases; no prompt and no answer is printed or kept in the results.
 """
@@ -59,6 +59,7 @@ FGSN_RUNS = (
     Run("fgsn-paper", ("--preset", "fgsn-paper")),
 )
 BETAS = (0.0, 0.5, 0.9, 1.5)
+CONTROL_BETAS = (0.0, 1.5)
 NLSR_FORMS = {"neuron": (), "factor": ("form=factor",), "random": ("region_score=random",)}
 NLSR_RUNS = tuple(
     Run(
@@ -67,7 +68,7 @@ NLSR_RUNS = tuple(
         DIMENSIONS[:1],
     )
     for form, chosen in NLSR_FORMS.items()
-    for beta in (BETAS if form != "random" else BETAS[:1])
+    for beta in (CONTROL_BETAS if form == "random" else BETAS)
 )
 
 

@@ -27,6 +27,12 @@ class WeightsChangedError(NeuronLedgerError):
     exit_code = 1
 
 
+class UnsoundRecordError(NeuronLedgerError):
+    """Records, ledger or artifacts do not agree, so nothing is published from them."""
+
+    exit_code = 1
+
+
 class InterruptedPatchError(NeuronLedgerError):
     """A patch of this lineage was interrupted and must be recovered first."""
 

@@ -1,10 +1,11 @@
-"""`neuronledger model`: register checkpoints and adapters, list them, merge an adapter."""
+"""`neuronledger model`: register checkpoints and adapters, list them, merge an adapter, write cards."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
+from governance.commands.cards import bom, card
 from governance.commands.options import json_option, list_options, workspace_options, writing_workspace_options
 
 if TYPE_CHECKING:
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 @click.group(short_help="Register checkpoints and LoRA adapters.")
 def model() -> None:
     """Register checkpoints and LoRA adapters, with the digest of every tensor."""
+
+
+model.add_command(card)
+model.add_command(bom)
 
 
 @model.command("register")
