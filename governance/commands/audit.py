@@ -31,7 +31,7 @@ for question in QUESTIONS:
     audit.add_command(question)
 
 
-@audit.command("verify")
+@audit.command("verify", short_help="Check ledger, heads, records, artifacts, claims, files.")
 @click.option("--weights", is_flag=True, help="Hash every file of models and working checkpoints, and every tensor.")
 @click.option(
     "--lineage", metavar="NAME", help="Records and weights of this lineage only; the ledger is checked whole."
@@ -132,7 +132,7 @@ def explain(workspace: "Workspace", lineage: str, as_json: bool) -> None:
         raise SystemExit(1)
 
 
-@audit.command("replay")
+@audit.command("replay", short_help="Rebuild the head from subject and artifacts.")
 @click.argument("lineage")
 @click.option(
     "--output",

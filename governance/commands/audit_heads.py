@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from registry.signatures import SignedBy
 
 
-@click.command("heads")
+@click.command("heads", short_help="List the exported heads, or copy them.")
 @click.option(
     "--output", type=click.Path(path_type=Path), metavar="FILE", help="Copy the head file to this new file, to keep."
 )
@@ -59,7 +59,7 @@ def heads(workspace: "Workspace", output: Path | None, as_json: bool, as_csv: bo
     emit_list(lines, as_json, as_csv, people)
 
 
-@click.command("sign")
+@click.command("sign", short_help="Sign the ledger as it is now.")
 @click.option(
     "--key",
     type=click.Path(path_type=Path),

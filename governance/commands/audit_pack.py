@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from governance.workspace import Workspace
 
 
-@click.command("export")
+@click.command("export", short_help="Write the evidence pack of a lineage.")
 @click.argument("lineage")
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The zip file to write.")
 @click.option(

@@ -89,7 +89,7 @@ def log(
     )
 
 
-@click.command("neuron")
+@click.command("neuron", short_help="Tell the whole history of one neuron.")
 @click.argument("lineage")
 @click.argument("module")
 @click.argument("row", type=int)
@@ -112,7 +112,7 @@ def neuron(workspace: "Workspace", lineage: str, module: str, row: int, as_json:
     emit_records(found, found.history, as_json, as_csv, lambda: _show_neuron(found))
 
 
-@click.command("at")
+@click.command("at", short_help="Tell what was live at a time.")
 @click.argument("time")
 @click.option("--lineage", metavar="NAME", help="This lineage only.")
 @list_options
@@ -159,7 +159,7 @@ def at(workspace: "Workspace", time: str, lineage: str | None, as_json: bool, as
     emit_list(found, as_json, as_csv, people)
 
 
-@click.command("diff")
+@click.command("diff", short_help="Compare two states of a lineage.")
 @click.argument("lineage")
 @click.argument("before")
 @click.argument("after")
@@ -184,7 +184,7 @@ def diff(workspace: "Workspace", lineage: str, before: str, after: str, as_json:
     emit_records(found, found.modules, as_json, as_csv, lambda: _show_diff(found))
 
 
-@click.command("overlap")
+@click.command("overlap", short_help="Neurons that dimensions share.")
 @click.argument("lineage")
 @list_options
 @workspace_options
@@ -202,7 +202,7 @@ def overlap(workspace: "Workspace", lineage: str, as_json: bool, as_csv: bool) -
     emit_list(found, as_json, as_csv, lambda: _show_overlap(lineage, found))
 
 
-@click.command("capacity")
+@click.command("capacity", short_help="Count neurons, protected and left.")
 @click.argument("lineage")
 @click.option(
     "--by",

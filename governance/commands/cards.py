@@ -19,7 +19,7 @@ def _output_options(command: Command) -> Command:
     )(command)
 
 
-@click.command("card")
+@click.command("card", short_help="Write the model card of a lineage.")
 @click.argument("lineage")
 @click.option(
     "--base-model",
@@ -47,7 +47,7 @@ def card(
     _hand_out(workspace, lineage, model_card(workspace, lineage, base_model), output, force, as_json)
 
 
-@click.command("bom")
+@click.command("bom", short_help="Write the bill of materials (CycloneDX).")
 @click.argument("lineage")
 @_output_options
 @json_option

@@ -18,7 +18,7 @@ def keys() -> None:
     """Make and show the Ed25519 keys that sign the ledger's heads."""
 
 
-@keys.command("create")
+@keys.command("create", short_help="Make a key pair.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--passphrase-prompt",
@@ -51,7 +51,7 @@ def create(file: Path, prompted: bool, keyring: bool, as_json: bool) -> None:
     _emit(made, as_json, f"Wrote {made.private_file}{'' if made.encrypted else ' (not encrypted)'}")
 
 
-@keys.command("show")
+@keys.command("show", short_help="Print a public key and its fingerprint.")
 @click.argument("file", type=click.Path(path_type=Path))
 @json_option
 def show(file: Path, as_json: bool) -> None:

@@ -16,7 +16,7 @@ def lineage() -> None:
     """Pair a subject with its aligned and base models; patches go to the lineage's working checkpoint."""
 
 
-@lineage.command("create")
+@lineage.command("create", short_help="Create a lineage and its working checkpoint.")
 @click.argument("name")
 @click.option("--subject", required=True, metavar="MODEL", help="The fine-tuned model to protect.")
 @click.option("--aligned", required=True, metavar="MODEL", help="The aligned model that it was fine-tuned from.")

@@ -21,7 +21,7 @@ model.add_command(card)
 model.add_command(bom)
 
 
-@model.command("register")
+@model.command("register", short_help="Register a directory of safetensors files.")
 @click.argument("name")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
@@ -99,7 +99,7 @@ def list_(workspace: "Workspace", as_json: bool, as_csv: bool) -> None:
     )
 
 
-@model.command("merge")
+@model.command("merge", short_help="Merge a LoRA adapter into its checkpoint.")
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))

@@ -29,7 +29,7 @@ patch.add_command(export)
 patch.add_command(import_)
 
 
-@patch.command("plan")
+@patch.command("plan", short_help="Show what a patch would change; write nothing.")
 @click.argument("lineage")
 @click.argument("dimension")
 @settings_options
@@ -59,7 +59,7 @@ def plan(
     emit(summary, as_json, lambda: _show_plan(summary))
 
 
-@patch.command("apply")
+@patch.command("apply", short_help="Identify if needed, plan, write, verify, protect.")
 @click.argument("lineage")
 @click.argument("dimension")
 @settings_options
@@ -183,7 +183,7 @@ def show(workspace: "Workspace", lineage: str, number: int, as_json: bool) -> No
     emit({"patch": summary, "modules": changes} if as_json else summary, as_json, people)
 
 
-@patch.command("revert")
+@patch.command("revert", short_help="Take a patch back exactly.")
 @click.argument("lineage")
 @click.argument("number", type=int, required=False)
 @reason_option

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from governance.workspace import Workspace
 
 
-@click.command("export")
+@click.command("export", short_help="Write a patch to a file.")
 @click.argument("lineage")
 @click.argument("number", type=int)
 @click.argument("path", type=click.Path(path_type=Path))
@@ -49,7 +49,7 @@ def export(
     emit(summary, as_json, lambda: _show_export(summary))
 
 
-@click.command("import")
+@click.command("import", short_help="Apply an exported patch.")
 @click.argument("lineage")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--dimension", metavar="NAME", help="Dimension here that the patch is for.  [default: of the same name]")

@@ -16,7 +16,7 @@ def reference() -> None:
     """Make super-aligned reference models for NLSR."""
 
 
-@reference.command("build")
+@reference.command("build", short_help="Extrapolate an aligned model beyond its base.")
 @click.argument("name")
 @click.option("--aligned", required=True, metavar="NAME", help="The aligned model W_a.")
 @click.option("--base", required=True, metavar="NAME", help="The base W_0; the checkpoint under an aligned adapter.")
