@@ -84,8 +84,9 @@ def test_an_edited_record_of_the_training_is_named(sqlite_based: Workspace, pair
     align_model(sqlite_based, "aligned", base="base", source=pairs, settings=quick())
     with sqlite_based.registry.write() as session:
         session.execute(text("UPDATE models SET metadata = replace(metadata, '\"dpo\"', '\"sft\"')"))
-    assert [finding.problem for finding in verify(sqlite_based).findings] == [
-        "its recorded made_from is not the registered one"
+    assert [(finding.subject, finding.problem) for finding in verify(sqlite_based).findings] == [
+        ("model aligned", "it was edited: its digest is not the one in event 2"),
+        ("model aligned", "its recorded made_from is not the registered one"),
     ]
 
 
