@@ -11,7 +11,7 @@ import pytest
 
 from algorithms.methods import METHODS, method_of
 from cli import main
-from governance.commands.settings import SettingsChoice
+from governance.commands.settings import GivenSettings, SettingsChoice
 from governance.identification import settings_digest
 from governance.provenance import OriginSummary
 from governance.report_commands import apply_command, commands
@@ -45,7 +45,8 @@ def understood(line: str) -> dict[str, Any]:
 
 def chosen(line: str) -> SettingsChoice:
     said = understood(line)
-    return SettingsChoice(said["method"], said["preset"], said["reference"], None, said["assignments"])
+    given = GivenSettings(None, said["assignments"])
+    return SettingsChoice(said["method"], said["preset"], said["reference"], given)
 
 
 @pytest.mark.parametrize(("method", "preset"), PRESETS)
