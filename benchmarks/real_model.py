@@ -261,11 +261,14 @@ def _evaluate(commands: Commands, prompts: Path, lineage: str, model: str) -> di
 def _print(content: dict[str, Any], runs: Sequence[Run], betas: Sequence[float]) -> None:
     columns = [*DIMENSIONS, *(f"harmfulness_{name}" for name in UNSEEN), "sst2_accuracy", "over_refusal"]
     heads = [*DIMENSIONS, *UNSEEN, "SST-2", "over-refusal"]
-    print("| model | " + " | ".join(heads) + " | modified, % of linear |")
-    print("|---" * (len(heads) + 2) + "|")
+    harmful = columns[: len(DIMENSIONS) + len(UNSEEN)]
+    print("| model | " + " | ".join(heads) + " | harmful, pooled | modified, % of linear |")
+    print("|---" * (len(heads) + 3) + "|")
 
     def line(name: str, figures: dict[str, Any], share: str) -> None:
         cells = [f"{figures[column]['value']:.0f}" for column in columns]
+        answers = sum(figures[column]["n"] for column in harmful)
+        cells.append(f"{100 * sum(figures[column]['numerator'] for column in harmful) / answers:.0f}")
         print(f"| {name} | " + " | ".join(cells) + f" | {share} |")
 
     for name in [f"reference {model}" for model in REFERENCES] + [_reference_name(beta) for beta in betas]:

@@ -5,6 +5,7 @@ writer is in at a time and reads what the one before it committed. PostgreSQL ge
 each writing transaction holds. Readers never wait and cannot write.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from typing import Any, Self
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, select, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
 from registry.artifacts import ArtifactStore
 from registry.claims import protected_error
 from registry.errors import RegistryError
-from registry.failures import claimed_twice, translate
+from registry.failures import claimed_twice, error_code, translate
 from registry.head_lines import Head, Line, parse_lines
 from registry.heads import HeadFile, Sign
 from registry.ledger import APPENDED, append, ledger_head
@@ -236,9 +237,7 @@ def upgrade(url: str) -> None:
     engine = _engine(address)
     try:
         if _is_sqlite(address):
-            with engine.connect().execution_options(**{_MODE: "plain"}) as connection:
-                # A property of the file, which cannot be changed inside a transaction.
-                connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+            _keep_write_ahead_log(engine)
         with engine.execution_options(**{_MODE: "write"}).begin() as connection:
             current = _revision(connection)
             if current is not None and current > SCHEMA_REVISION:
@@ -251,6 +250,24 @@ def upgrade(url: str) -> None:
         raise translated from error
     finally:
         engine.dispose()
+
+
+def _keep_write_ahead_log(engine: Engine) -> None:
+    """Switch a SQLite file to WAL: a property of the file, which cannot be changed inside a transaction.
+
+    While another connection opens the log, SQLite refuses this at once, however long it was told to wait.
+    """
+    give_up = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            with engine.connect().execution_options(**{_MODE: "plain"}) as connection:
+                connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+        except OperationalError as error:
+            if not error_code(error).startswith("SQLITE_BUSY") or time.monotonic() > give_up:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def parse_url(url: str) -> URL:
