@@ -11,6 +11,7 @@ from governance.commands.audit_heads import heads, sign, signature_lines
 from governance.commands.audit_pack import export, verify_pack
 from governance.commands.audit_questions import QUESTIONS
 from governance.commands.options import json_option, workspace_options
+from governance.commands.verification import evidence_options, tell_checked, tell_findings, tell_verdict
 
 if TYPE_CHECKING:
     from governance.explanation import Explanation
@@ -36,21 +37,7 @@ for question in QUESTIONS:
 @click.option(
     "--lineage", metavar="NAME", help="Records and weights of this lineage only; the ledger is checked whole."
 )
-@click.option(
-    "--public-key",
-    "public_keys",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="A key that may sign heads: a signature by any other is a finding. Repeatable.",
-)
-@click.option(
-    "--heads",
-    "kept_heads",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Also check against this copy of the exported heads, or of some of them, that was kept elsewhere.",
-)
+@evidence_options("A key that may sign heads: a signature by any other is a finding. Repeatable.")
 @json_option
 @workspace_options
 def verify(
@@ -75,17 +62,11 @@ def verify(
     outcome = run(workspace, weights=weights, lineage=lineage, public_keys=public_keys, kept_heads=kept_heads)
 
     def people() -> None:
-        for finding in outcome.findings:
-            click.echo(f"FAILED {finding.check}: {finding.subject}: {finding.problem}", err=True)
-        click.echo("Checked " + ", ".join(f"{count:,} {what}" for what, count in outcome.checked.items()) + ".")
+        tell_findings(outcome.findings)
+        tell_checked(outcome.checked)
         for line in signature_lines(outcome.signed_by, outcome.unsigned_from):
             click.echo(line)
-        for skipped in outcome.not_checked:
-            click.echo(f"Not checked: {skipped}.")
-        if outcome.verified:
-            click.echo("Everything checked agrees.")
-        else:
-            click.echo(f"{len(outcome.findings)} findings: the record does not stand.", err=True)
+        tell_verdict(outcome.findings, outcome.not_checked, "the record")
 
     content = {"verified": outcome.verified, "checked": outcome.checked, "not_checked": outcome.not_checked}
     content |= {"signed_by": outcome.signed_by, "unsigned_from": outcome.unsigned_from}

@@ -8,6 +8,7 @@ import click
 from governance.commands.audit_heads import signature_lines
 from governance.commands.keys import ask_passphrase
 from governance.commands.options import json_option, writing_workspace_options
+from governance.commands.verification import evidence_options, tell_checked, tell_findings, tell_verdict
 
 if TYPE_CHECKING:
     from governance.workspace import Workspace
@@ -65,21 +66,7 @@ def export(
 
 @click.command("verify-pack")
 @click.argument("pack", type=click.Path(path_type=Path))
-@click.option(
-    "--public-key",
-    "public_keys",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="A key that may sign: what is signed by any other, or not at all, is a finding. Repeatable.",
-)
-@click.option(
-    "--heads",
-    "kept_heads",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Also check against this copy of the exported heads, or of some of them, that was kept elsewhere.",
-)
+@evidence_options("A key that may sign: what is signed by any other, or not at all, is a finding. Repeatable.")
 @json_option
 def verify_pack(pack: Path, public_keys: tuple[Path, ...], kept_heads: Path | None, as_json: bool) -> None:
     """Check an evidence pack, without any registry or model. Exits with 1 if a part of it does not stand.
@@ -98,21 +85,15 @@ def verify_pack(pack: Path, public_keys: tuple[Path, ...], kept_heads: Path | No
     outcome = verify_pack_file(pack, read_evidence(public_keys, kept_heads))
 
     def people() -> None:
-        for finding in outcome.findings:
-            click.echo(f"FAILED {finding.check}: {finding.subject}: {finding.problem}", err=True)
+        tell_findings(outcome.findings)
         if outcome.lineage is not None:
             click.echo(f"Evidence pack of lineage {outcome.lineage}, exported at {outcome.exported_at}.")
-        click.echo("Checked " + ", ".join(f"{count:,} {what}" for what, count in outcome.checked.items()) + ".")
+        tell_checked(outcome.checked)
         if outcome.pack_signed_by is not None:
             click.echo(f"The manifest is signed by key {outcome.pack_signed_by}.")
         for line in signature_lines(outcome.signed_by, outcome.unsigned_from):
             click.echo(line)
-        for skipped in outcome.not_checked:
-            click.echo(f"Not checked: {skipped}.")
-        if outcome.verified:
-            click.echo("Everything checked agrees.")
-        else:
-            click.echo(f"{len(outcome.findings)} findings: the pack does not stand.", err=True)
+        tell_verdict(outcome.findings, outcome.not_checked, "the pack")
 
     emit({"verified": outcome.verified, **vars(outcome)}, as_json, people)
     if not outcome.verified:
