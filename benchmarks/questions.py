@@ -197,6 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     chosen = parser.parse_args(arguments)
     size = Size(chosen.neurons, chosen.events)
+    if chosen.directory is not None:
+        chosen.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=chosen.directory) as directory:
         begin = time.perf_counter()
         url = make_registry(Path(directory), size)
