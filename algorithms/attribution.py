@@ -9,6 +9,7 @@ patching.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,25 @@ from algorithms.loading import linear_module, unwrapped
 from algorithms.statistics import GIB, input_device
 
 
-def attribution_scores(
+@dataclass(frozen=True)
+class Attribution:
+    """What the answers' loss in one model comes to, and what each neuron's update has to do with it.
+
+    Attributes:
+        loss: mean of −log p over the counted answer tokens, in nats.
+        scores: a_i for every row i, (out,) float32 by module.
+    """
+
+    loss: float
+    scores: Mapping[str, Tensor]
+
+    def plus(self, other: "Attribution", weight: float) -> "Attribution":
+        """The attribution of a sum of two losses, the other one weighted."""
+        scores = {name: values + weight * other.scores[name] for name, values in self.scores.items()}
+        return Attribution(self.loss + weight * other.loss, scores)
+
+
+def attribution(
     model: nn.Module,
     items: Sequence[CalibrationItem],
     updates: Mapping[str, Difference],
@@ -33,8 +52,8 @@ def attribution_scores(
     pad_id: int,
     memory_gib: float,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor]:
-    """a_i for every row i of some modules, (out,) float32 by module.
+) -> Attribution:
+    """The loss of some answers and a_i for every row i of some modules.
 
     Args:
         model: where the loss is differentiated, plain or PEFT-wrapped, in evaluation mode; its weights do not change.
@@ -64,7 +83,7 @@ def attribution_scores(
     try:
         for parameter in parameters:
             parameter.requires_grad = False
-        done = 0
+        done, total = 0, 0.0
         with torch.enable_grad():
             for batch in batches(items, batch_size, pad_id):
                 loss = _loss(model, batch, [items[index] for index in batch.indices]) / labelled
@@ -74,6 +93,7 @@ def attribution_scores(
                         "Load the model in float32 or bfloat16 and check that it generates sensible text",
                     )
                 loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.item()
                 done += len(batch.indices)
                 if progress is not None:
                     progress(done, len(items))
@@ -82,7 +102,7 @@ def attribution_scores(
             handle.remove()
         for parameter in parameters:
             parameter.requires_grad = True
-    return collector.result()
+    return Attribution(total, collector.result())
 
 
 class _Update:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.architectures import LinearModule
-from algorithms.attribution import attribution_scores, labelled_tokens, require_update_memory
+from algorithms.attribution import Attribution, attribution, labelled_tokens, require_update_memory
 from algorithms.calibration import CalibrationItem
 from algorithms.differences import Difference, LayeredWeights, require_finite_values
 from algorithms.identifications import Identification, ModuleIdentification
@@ -99,14 +99,17 @@ def identify(
         scope, unreached = run.modules_in_scope(blocks)
         if settings.statistics_model == "aligned":
             sides = run.both_sides(model, scope, harmful, benign, None)
-    attributed = [run.attribution(model, scope, harmful, benign)] if "aligned" in settings.gradients_at else []
+    attributed: dict[ModelRole, Attribution] = {}
+    if "aligned" in settings.gradients_at:
+        attributed["aligned"] = run.attribution(model, scope, harmful, benign)
     if sides is None or "head" in settings.gradients_at:
         del model
         model = load("head")
         sides = sides or run.both_sides(model, scope, harmful, benign, None)
-        attributed += [run.attribution(model, scope, harmful, benign)] if "head" in settings.gradients_at else []
+        if "head" in settings.gradients_at:
+            attributed["head"] = run.attribution(model, scope, harmful, benign)
     del model
-    found = run.identification(layer_scores(gaps, blocks), scope, unreached, sides, _mean(attributed), protected or {})
+    found = run.identification(layer_scores(gaps, blocks), scope, unreached, sides, attributed, protected or {})
     if not attributed:
         return found
     benign_tokens = labelled_tokens(benign) if settings.benign_weight else 0
@@ -190,13 +193,13 @@ class _Run:
         scope: Sequence[LinearModule],
         harmful: Sequence[CalibrationItem],
         benign: Sequence[CalibrationItem],
-    ) -> dict[str, Tensor]:
-        """What taking each neuron's update back gains, to first order, in this model."""
+    ) -> Attribution:
+        """The loss in this model, and what taking each neuron's update back gains there, to first order."""
         updates = {module.name: self._update(module) for module in scope}
         weight = self.settings.benign_weight
 
-        def scores(name: str, items: Sequence[CalibrationItem]) -> dict[str, Tensor]:
-            return attribution_scores(
+        def found(name: str, items: Sequence[CalibrationItem]) -> Attribution:
+            return attribution(
                 model,
                 items,
                 updates,
@@ -206,10 +209,8 @@ class _Run:
                 progress=lambda done, total: self._report(f"attribution, {name} prompts", done, total),
             )
 
-        gains = scores("harmful", harmful)
-        if not weight:
-            return gains
-        return {name: gains[name] + weight * values for name, values in scores("benign", benign).items()}
+        gains = found("harmful", harmful)
+        return gains.plus(found("benign", benign), weight) if weight else gains
 
     def identification(
         self,
@@ -217,23 +218,26 @@ class _Run:
         scope: Sequence[LinearModule],
         unreached: tuple[str, ...],
         sides: tuple[_Side, _Side],
-        attributed: Mapping[str, Tensor],
+        attributed: Mapping[ModelRole, Attribution],
         protected: Mapping[str, Tensor],
     ) -> Identification:
         """Score and select."""
         scored: list[ScoredModule] = []
+        gains = _mean([found.scores for found in attributed.values()])
+        losses = {role: found.loss for role, found in attributed.items()}
         for done, module in enumerate(scope, start=1):
             # Where directions are claimed nothing is ranked; attribution came from a pass of its own.
-            given = attributed.get(module.name, torch.zeros(module.out_features)), None
+            given = gains.get(module.name, torch.zeros(module.out_features)), None
             measured = self.settings.ranked_by not in {None, "attribution"}
             scores, benign_scores = self._scores(module, *sides) if measured else given
             for values in (scores, benign_scores):
                 if values is not None:
                     require_finite_values(values, module.name, "The score")
-            scored.append(ScoredModule(scores, benign_scores, module.in_features))
+            scored.append(ScoredModule(scores, benign_scores, module.in_features, protected.get(module.name)))
             self._report("scores", done, len(scope))
         total = sum(module.out_features * module.in_features for module in self.subject.modules.values())
-        selection = select(scored, self.settings, total)
+        lost = losses["head"] - losses["aligned"] if len(losses) == 2 else None
+        selection = select(scored, self.settings, total, lost)
         modules = tuple(
             self._module(module, scores, chosen, sides[0], protected.get(module.name))
             for module, scores, chosen in zip(scope, scored, selection.modules, strict=True)
@@ -252,6 +256,8 @@ class _Run:
             benign_tokens=sides[1].tokens,
             overlap=selection.overlap,
             rank_correlation=selection.rank_correlation,
+            aligned_loss=losses.get("aligned"),
+            head_loss=losses.get("head"),
         )
 
     def _side(

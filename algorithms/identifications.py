@@ -21,6 +21,8 @@ _FIGURES = (
     "overlap",
     "rank_correlation",
 )
+# Older identifications have none.
+_LOSSES = ("aligned_loss", "head_loss")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Identification:
         overlap: share of all harmful top sets that is in the benign top sets too; None without a benign side.
         rank_correlation: Spearman's correlation over all modules in scope (ranking all) or the mean of the modules'
             (ranking module); None without a benign side.
+        aligned_loss: mean of −log p over the counted answer tokens in the aligned model, where it was differentiated.
+        head_loss: the same in the lineage's head.
     """
 
     settings: FgsnSettings
@@ -92,6 +96,8 @@ class Identification:
     benign_tokens: int
     overlap: float | None
     rank_correlation: float | None
+    aligned_loss: float | None = None
+    head_loss: float | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by a name that safetensors can store; `summary` holds the rest.
@@ -124,7 +130,7 @@ class Identification:
                 for part in self.modules
             ],
             "unreached": list(self.unreached),
-            **{name: getattr(self, name) for name in _FIGURES},
+            **{name: getattr(self, name) for name in (*_FIGURES, *_LOSSES)},
         }
 
 
@@ -199,6 +205,7 @@ class StoredIdentification:
                 modules=tuple(_module_from_parts(entry, self._tensors) for entry in self._entries.values()),
                 unreached=self.unreached,
                 **{name: self._summary[name] for name in _FIGURES},
+                **{name: self._summary.get(name) for name in _LOSSES},
             )
 
 

@@ -22,11 +22,13 @@ class ScoredModule:
         scores: (out,) the score of the harmful ranking.
         benign_scores: (out,) the same kind of score on benign prompts, or None.
         row_parameters: entries in one row.
+        protected: (n,) rows that applied patches claim, or None; they stay in the ranking.
     """
 
     scores: Tensor
     benign_scores: Tensor | None
     row_parameters: int
+    protected: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,24 @@ class Selection:
     rank_correlation: float | None
 
 
-def select(modules: Sequence[ScoredModule], settings: FgsnSettings, linear_parameters: int) -> Selection:
+def select(
+    modules: Sequence[ScoredModule], settings: FgsnSettings, linear_parameters: int, lost: float | None = None
+) -> Selection:
     """Choose neurons by the settings' selection and ranking.
 
     `difference`: the harmful_share of neurons with the highest score, less the benign_share with the highest benign
     score. `budget`: by rank while the selected rows hold at most `budget` of `linear_parameters`; with ranking
-    `module` each module gives the same share of its rows. For attribution, damage and update-norm a neuron that scores
-    0 or less carries none of the harm, and is never chosen. Where directions are protected every row is taken.
+    `module` each module gives the same share of its rows. With `stop_at` the taking ends earlier where the gains of
+    the rows that no patch claims yet, score times entries, come to that multiple of `lost`. For attribution, damage and
+    update-norm a neuron that scores 0 or less carries none of the harm, and is never chosen. Where directions are
+    protected every row is taken.
 
     Args:
         modules: the modules in scope, in order.
         settings: score, selection, ranking and the shares.
         linear_parameters: entries of all linear modules of the model, in scope or not.
+        lost: by how much the loss that attribution measures is larger in the head than in the aligned model; None where
+            it was not measured in both.
     """
     if not modules:
         return Selection((), None, None)
@@ -71,7 +79,7 @@ def select(modules: Sequence[ScoredModule], settings: FgsnSettings, linear_param
     budget_share = min(1.0, settings.budget * linear_parameters / scope_parameters)
     found: list[ModuleSelection] = []
     for pool in pools:
-        found += _select_from_pool([modules[i] for i in pool], settings, budget_share)
+        found += _select_from_pool([modules[i] for i in pool], settings, budget_share, lost)
     return Selection(tuple(found), _overall_overlap(modules, found), _overall_correlation(modules, settings))
 
 
@@ -133,7 +141,7 @@ def _every_row(module: ScoredModule) -> ModuleSelection:
 
 
 def _select_from_pool(
-    modules: Sequence[ScoredModule], settings: FgsnSettings, budget_share: float
+    modules: Sequence[ScoredModule], settings: FgsnSettings, budget_share: float, lost: float | None
 ) -> list[ModuleSelection]:
     """Selection within modules that are ranked together."""
     sizes = [len(module.scores) for module in modules]
@@ -148,6 +156,8 @@ def _select_from_pool(
         chosen = top & ~dropped
     else:
         top = chosen = _within_budget(modules, scores, order, budget_share, settings)
+        if settings.stops_early and lost is not None:
+            top = chosen = chosen & _until_gained(modules, scores, order, settings.stop_at * lost)
         dropped = torch.zeros_like(top)
     benign_parts: Sequence[Tensor | None] = [None] * len(modules) if benign_top is None else _split(benign_top, sizes)
     parts = zip(
@@ -197,6 +207,23 @@ def _within_budget(
     limit = share * int(parameters.sum()) + 0.5
     mask = torch.zeros(len(scores), dtype=torch.bool)
     mask[order[parameters[order].cumsum(0) <= limit]] = True
+    return mask
+
+
+def _until_gained(modules: Sequence[ScoredModule], scores: Tensor, order: Tensor, wanted: float) -> Tensor:
+    """The shortest beginning of the order whose unprotected rows gain at least `wanted`, as a mask; empty from 0 down."""
+    gains = torch.cat([module.scores.double() * module.row_parameters for module in modules]).clamp_min(0)
+    gains[torch.cat([_protected(module) for module in modules])] = 0
+    before = gains[order].cumsum(0) - gains[order]
+    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask[order[before < wanted]] = True
+    return mask
+
+
+def _protected(module: ScoredModule) -> Tensor:
+    mask = torch.zeros(len(module.scores), dtype=torch.bool)
+    if module.protected is not None:
+        mask[module.protected] = True
     return mask
 
 

@@ -81,6 +81,13 @@ class FgsnSettings(BaseModel):
     budget: float = Field(
         0.05, gt=0, le=1, description="Share of the parameters of all linear modules that may be selected (budget)."
     )
+    stop_at: float = Field(
+        0.0,
+        ge=0,
+        description="Where the taking ends before the budget is used up (attribution): once the gains of the neurons "
+        "taken, to first order, come to this multiple of the loss that the head has more than the aligned model; at 0 "
+        "the budget alone decides.",
+    )
     layers: str = Field(
         "all",
         description="Blocks in scope: all, window (largest growth of the harmful-benign gap), value (largest gap), "
@@ -194,6 +201,11 @@ class FgsnSettings(BaseModel):
                 f"benign_weight = {self.benign_weight:g} has no meaning for score {self.score}",
                 "Use score = attribution, or leave benign_weight out",
             )
+        if self.stops_early and (self.gradient_models, self.ranking) != ("aligned+head", "all"):
+            raise SettingsError(
+                f"stop_at = {self.stop_at:g} compares losses in head and aligned model, over neurons of all modules",
+                "Use gradient_models = aligned+head and ranking = all, or set stop_at to 0",
+            )
         if self.damage_baseline != "none" and self.score != "damage":
             raise SettingsError(
                 f"damage_baseline = {self.damage_baseline} has no meaning for score {self.score}",
@@ -247,6 +259,11 @@ class FgsnSettings(BaseModel):
         return frozenset(self.gradient_models.split("+")) if self.ranked_by == "attribution" else frozenset()
 
     @property
+    def stops_early(self) -> bool:
+        """Whether neurons are taken only until their gains come to a multiple of what was lost."""
+        return self.stop_at > 0 and self.ranked_by == "attribution" and self.selection == "budget"
+
+    @property
     def needs_answers(self) -> bool:
         """Whether the answers' tokens are looked at: by the statistics, or by a loss."""
         measured = self.needs_gram or self.needs_input_norms or self.needs_outputs or bool(self.gradients_at)
@@ -285,9 +302,11 @@ class FgsnSettings(BaseModel):
         return tuple(found)
 
 
+_SPARSE = FgsnSettings(stop_at=1.25)
+
 PRESETS: Mapping[str, FgsnSettings] = {
-    "default": FgsnSettings(),
-    "sparse": FgsnSettings(),
+    "default": _SPARSE,
+    "sparse": _SPARSE,
     "strong": FgsnSettings(protect="directions", operation="subspace", answer_tokens=12),
     # q and p are second-hand (q ≫ p). These two, in a window of 6/32 of the blocks, give the 5 % of parameters that
     # the paper reports for Llama-3.1-8B: 0.19 of the blocks × 0.87 linear × about a third of the neurons.

@@ -34,7 +34,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy")
 class IdentificationSummary:
     """One identification, as `identify` shows it.
 
-    Layers, overlap and rank correlation are FGSN's, choices of modules, reference and safe answers NLSR's.
+    Layers, overlap, rank correlation and the safe answers' losses are FGSN's, choices of modules, reference and safe answers NLSR's.
     """
 
     identification: int
@@ -52,6 +52,8 @@ class IdentificationSummary:
     linear_parameters: int
     overlap: float | None
     rank_correlation: float | None
+    aligned_loss: float | None
+    head_loss: float | None
     layers: tuple[dict[str, Any], ...]
     choices: tuple[dict[str, Any], ...]
     reference: dict[str, Any] | None
@@ -284,6 +286,8 @@ def _summary(record: IdentificationRecord, *, reused: bool) -> IdentificationSum
         linear_parameters=found["linear_parameters"],
         overlap=found.get("overlap"),
         rank_correlation=found.get("rank_correlation"),
+        aligned_loss=found.get("aligned_loss"),
+        head_loss=found.get("head_loss"),
         layers=tuple(
             {"block": layer.block, "gap": layer.gap, "growth": layer.growth, "in_scope": layer.in_scope}
             for layer in record.layer_scores

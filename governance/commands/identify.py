@@ -69,6 +69,12 @@ def describe(summary: "IdentificationSummary") -> None:
             f"Of the neurons that rank highest on harmful prompts {100 * summary.overlap:.1f} % rank highest on benign "
             f"prompts too{correlation}."
         )
+    if summary.aligned_loss is not None and summary.head_loss is not None:
+        click.echo(
+            f"Loss of the safe answers: {summary.head_loss:.3f} in the head, {summary.aligned_loss:.3f} in the aligned model."
+        )
+        if summary.head_loss <= summary.aligned_loss and not summary.neurons_selected:
+            click.echo("The head gives them as readily, so nothing is taken back; stop_at = 0 fills the budget all the same.")
     if summary.unreached:
         click.echo(f"{len(summary.unreached):,} modules in scope cannot be changed, first {summary.unreached[0]}.")
     for warning in summary.warnings:

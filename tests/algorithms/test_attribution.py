@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from algorithms.attribution import attribution_scores
+from algorithms.attribution import Attribution, attribution
 from algorithms.calibration import CalibrationItem
 from algorithms.differences import Difference
 from algorithms.errors import CalibrationError, SettingsError
@@ -24,8 +24,14 @@ ANSWERED = tuple(
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2", "phi3")
 
 
-def scores(model: nn.Module, updates: dict[str, Difference], items: Sequence[CalibrationItem] = ANSWERED, **more: Any):
-    return attribution_scores(model, items, updates, **{"batch_size": 2, "pad_id": 0, "memory_gib": 1.0, **more})
+def attributed(
+    model: nn.Module, updates: dict[str, Difference], items: Sequence[CalibrationItem] = ANSWERED, **more: Any
+) -> Attribution:
+    return attribution(model, items, updates, **{"batch_size": 2, "pad_id": 0, "memory_gib": 1.0, **more})
+
+
+def scores(*arguments: Any, **more: Any) -> dict[str, Tensor]:
+    return dict(attributed(*arguments, **more).scores)
 
 
 def mean_loss(model: nn.Module) -> Tensor:
@@ -89,6 +95,24 @@ def test_taking_a_small_update_back_lowers_the_loss_by_what_it_says(tmp_path: Pa
         for name, update in updates.items():
             model.get_submodule(name).weight -= update.rows(slice(0, update.shape[0])).double()
     assert foretold == pytest.approx((before - mean_loss(model)).item(), rel=0.05)
+
+
+def test_the_loss_is_the_mean_over_all_counted_tokens_whatever_the_batches(tmp_path: Path) -> None:
+    aligned = save_model(tmp_path / "aligned")
+    weights = open_weights(aligned)
+    updates = {name: Difference(weights, weights, name) for name in weights.modules}
+    model, _ = load_model(aligned)
+    expected = mean_loss(plain_model(aligned)).item()
+    for size in (1, 2, 3):
+        assert attributed(model, updates, batch_size=size).loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_losses_add_up_with_their_scores() -> None:
+    one = Attribution(2.0, {"a": torch.tensor([1.0, -1.0])})
+    other = Attribution(0.5, {"a": torch.tensor([2.0, 4.0])})
+    both = one.plus(other, 0.5)
+    assert both.loss == 2.25
+    assert both.scores["a"].tolist() == [2.0, 1.0]
 
 
 def test_batches_and_padding_do_not_change_it_and_weights_ask_for_gradients_as_before(tmp_path: Path) -> None:

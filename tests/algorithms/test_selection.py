@@ -95,6 +95,51 @@ def test_rows_without_damage_are_never_chosen(selection) -> None:
     assert select(modules, chosen, 4).modules[0].selected.tolist() == [1]
 
 
+gain_modules = st.lists(
+    st.tuples(
+        st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=12), st.integers(1, 9), st.sets(st.integers(0, 11))
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(gain_modules, st.floats(0.05, 1.0), st.floats(0.1, 3.0), st.floats(0.0, 20.0))
+def test_taking_ends_with_the_row_that_gains_what_was_lost(drawn, budget: float, multiple: float, lost: float) -> None:
+    modules = [
+        ScoredModule(torch.tensor(scores), None, size, torch.tensor([row for row in held if row < len(scores)]).long())
+        for scores, size, held in drawn
+    ]
+    total = parameters(modules)
+    unlimited = select(modules, FgsnSettings(budget=budget, stop_at=0), total, lost)
+    found = select(modules, FgsnSettings(budget=budget, stop_at=multiple), total, lost)
+    gained, last = 0.0, 0.0
+    by_rank = []
+    for module, whole, part in zip(modules, unlimited.modules, found.modules, strict=True):
+        assert set(part.selected.tolist()) <= set(whole.selected.tolist())
+        assert torch.equal(part.ranks, whole.ranks)
+        for row in new_rows(part.selected, module.protected).tolist():
+            by_rank.append((int(part.ranks[row]), float(module.scores[row]) * module.row_parameters))
+    for _, gain in sorted(by_rank):
+        gained, last = gained + gain, gain
+    assert gained - last <= multiple * lost + 1e-6, "the row before the last did not gain enough"
+    if any(len(part.selected) < len(whole.selected) for part, whole in zip(found.modules, unlimited.modules, strict=True)):
+        assert gained >= multiple * lost - 1e-6, "it ends early only where enough is gained"
+
+
+def test_where_nothing_was_lost_no_row_is_taken() -> None:
+    modules = [ScoredModule(torch.tensor([3.0, 1.0]), None, 2)]
+    for lost in (0.0, -0.5):
+        assert not len(select(modules, FgsnSettings(budget=1.0, stop_at=1), 4, lost).modules[0].selected)
+
+
+@pytest.mark.parametrize("more", [{"stop_at": 0}, {"selection": "difference", "benign_share": 0, "harmful_share": 1}, {"score": "damage"}])
+def test_only_a_budget_of_attribution_is_ended_early(more) -> None:
+    modules = [ScoredModule(torch.tensor([3.0, 1.0]), None, 2)]
+    assert len(select(modules, FgsnSettings(**{"budget": 1, "stop_at": 1, **more}), 4, 0.0).modules[0].selected) == 2
+
+
 def test_identical_rankings_overlap_as_far_as_the_shares_allow() -> None:
     scores = torch.arange(100.0)
     chosen = FgsnSettings(score="wanda", selection="difference", ranking="module", harmful_share=0.4, benign_share=0.1)

@@ -31,6 +31,8 @@ def test_a_preset_survives_json(preset: str) -> None:
         ({"score": "attribution", "tokens": "prompt+header"}, "counts none"),
         ({"score": "attribution", "selection": "difference"}, "no benign ranking"),
         ({"score": "damage", "benign_weight": 0.5}, "no meaning for score damage"),
+        ({"ranking": "module"}, "stop_at = 1.25"),
+        ({"gradient_models": "head"}, "stop_at = 1.25"),
         ({"target": "full"}, "no meaning for operation restore"),
         ({"budget": 0}, "setting budget"),
         ({"strength": 1.5}, "setting strength"),
