@@ -211,7 +211,7 @@ def _within_budget(
 
 
 def _until_gained(modules: Sequence[ScoredModule], scores: Tensor, order: Tensor, wanted: float) -> Tensor:
-    """The shortest beginning of the order whose unprotected rows gain at least `wanted`, as a mask; empty from 0 down."""
+    """The shortest beginning of the order whose unclaimed rows gain `wanted`, as a mask; empty for 0 or less."""
     gains = torch.cat([module.scores.double() * module.row_parameters for module in modules]).clamp_min(0)
     gains[torch.cat([_protected(module) for module in modules])] = 0
     before = gains[order].cumsum(0) - gains[order]

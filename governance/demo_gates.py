@@ -19,7 +19,14 @@ from governance.policies import set_policy
 from governance.workspace import Workspace
 
 POLICY = "policy.toml"
-BAD: dict[str, Any] = {"budget": 1.0, "stop_at": 0.0, "layers": "all", "operation": "project", "target": "full", "strength": 1.0}
+BAD: dict[str, Any] = {
+    "budget": 1.0,
+    "stop_at": 0.0,
+    "layers": "all",
+    "operation": "project",
+    "target": "full",
+    "strength": 1.0,
+}
 _TEXT = """\
 # What a patch of the demo's lineage has to keep. See docs/gates.md.
 name = "demo"

@@ -34,7 +34,8 @@ _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy")
 class IdentificationSummary:
     """One identification, as `identify` shows it.
 
-    Layers, overlap, rank correlation and the safe answers' losses are FGSN's, choices of modules, reference and safe answers NLSR's.
+    Layers, overlap, rank correlation and the losses of the safe answers are FGSN's; choices of modules, reference and
+    safe answers NLSR's.
     """
 
     identification: int

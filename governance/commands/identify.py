@@ -71,10 +71,11 @@ def describe(summary: "IdentificationSummary") -> None:
         )
     if summary.aligned_loss is not None and summary.head_loss is not None:
         click.echo(
-            f"Loss of the safe answers: {summary.head_loss:.3f} in the head, {summary.aligned_loss:.3f} in the aligned model."
+            f"Loss of the safe answers: {summary.head_loss:.3f} in the head, {summary.aligned_loss:.3f} in the aligned "
+            "model."
         )
         if summary.head_loss <= summary.aligned_loss and not summary.neurons_selected:
-            click.echo("The head gives them as readily, so nothing is taken back; stop_at = 0 fills the budget all the same.")
+            click.echo("There is nothing to take back; with stop_at = 0 the budget is used up all the same.")
     if summary.unreached:
         click.echo(f"{len(summary.unreached):,} modules in scope cannot be changed, first {summary.unreached[0]}.")
     for warning in summary.warnings:

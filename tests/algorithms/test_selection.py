@@ -114,17 +114,19 @@ def test_taking_ends_with_the_row_that_gains_what_was_lost(drawn, budget: float,
     total = parameters(modules)
     unlimited = select(modules, FgsnSettings(budget=budget, stop_at=0), total, lost)
     found = select(modules, FgsnSettings(budget=budget, stop_at=multiple), total, lost)
-    gained, last = 0.0, 0.0
-    by_rank = []
+    by_rank: list[tuple[int, float]] = []
     for module, whole, part in zip(modules, unlimited.modules, found.modules, strict=True):
         assert set(part.selected.tolist()) <= set(whole.selected.tolist())
         assert torch.equal(part.ranks, whole.ranks)
-        for row in new_rows(part.selected, module.protected).tolist():
-            by_rank.append((int(part.ranks[row]), float(module.scores[row]) * module.row_parameters))
-    for _, gain in sorted(by_rank):
-        gained, last = gained + gain, gain
+        rows = new_rows(part.selected, module.protected)
+        gains = module.scores[rows].double() * module.row_parameters
+        by_rank += zip(part.ranks[rows].tolist(), gains.tolist(), strict=True)
+    gained = sum(gain for _, gain in by_rank)
+    last = max(by_rank, default=(0, 0.0))[1]
     assert gained - last <= multiple * lost + 1e-6, "the row before the last did not gain enough"
-    if any(len(part.selected) < len(whole.selected) for part, whole in zip(found.modules, unlimited.modules, strict=True)):
+    if any(
+        len(part.selected) < len(whole.selected) for part, whole in zip(found.modules, unlimited.modules, strict=True)
+    ):
         assert gained >= multiple * lost - 1e-6, "it ends early only where enough is gained"
 
 
@@ -134,7 +136,9 @@ def test_where_nothing_was_lost_no_row_is_taken() -> None:
         assert not len(select(modules, FgsnSettings(budget=1.0, stop_at=1), 4, lost).modules[0].selected)
 
 
-@pytest.mark.parametrize("more", [{"stop_at": 0}, {"selection": "difference", "benign_share": 0, "harmful_share": 1}, {"score": "damage"}])
+@pytest.mark.parametrize(
+    "more", [{"stop_at": 0}, {"selection": "difference", "benign_share": 0, "harmful_share": 1}, {"score": "damage"}]
+)
 def test_only_a_budget_of_attribution_is_ended_early(more) -> None:
     modules = [ScoredModule(torch.tensor([3.0, 1.0]), None, 2)]
     assert len(select(modules, FgsnSettings(**{"budget": 1, "stop_at": 1, **more}), 4, 0.0).modules[0].selected) == 2
