@@ -81,6 +81,8 @@ MAIN = (
     Run("fgsn-paper", settings(preset="fgsn-paper"), "published", "main", ("fgsn-paper-random",), every_stage=True),
     Run("fgsn-paper-random", settings("score=random", preset="fgsn-paper"), "control", "main"),
     Run("sparse", settings(preset="sparse"), "ours", "main", ("sparse-random",), every_stage=True, quick=True),
+    # The same ranking, but each patch takes rows until its budget is used up.
+    Run("sparse-whole-budget", settings("stop_at=0", preset="sparse"), "ours", "main", ("sparse-random",)),
     # One draw of at least as many rows as three dimensions of `sparse` come to.
     Run(
         "sparse-random",
