@@ -1,14 +1,17 @@
-"""Attribution: how much taking a neuron's update back would help the model give the answers that it should give.
+"""Attribution: how much taking a part of the update back would help the model give the answers that it should give.
 
-    a_i = ⟨∂L/∂W_i, U_i⟩ / k,    L = mean of −log p over the counted answer tokens
+    ⟨∂L/∂W, part of U⟩,    L = mean of −log p over the counted answer tokens
 
-is the first-order fall of the loss L when row i of the update U returns to zero. No gradient of a weight is formed:
-with δ = ∂L/∂y at the module's output y, ⟨∂L/∂W_i, U_i⟩ = Σ_tokens δ_i · (U x)_i, so one backward pass to the
-activations gives every module's scores. Relatives: SNIP (1810.02340), whose saliency is |∂L/∂w · w|, and attribution
-patching.
+is the first-order fall of the loss L when that part of the update U is taken out. Parts are the rows U_i, for neurons,
+or U q qᵀ, for input directions q. No gradient of a weight is formed: with δ = ∂L/∂y at the module's output y,
+
+    ⟨∂L/∂W_i, U_i⟩ = Σ_tokens δ_i · (U x)_i,        ⟨∂L/∂W, U q qᵀ⟩ = Σ_tokens (δ · U q) (q · x),
+
+so one backward pass to the activations gives every module's. Relatives: SNIP (1810.02340), whose saliency is
+|∂L/∂w · w|, and attribution patching.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,57 +20,90 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from algorithms.architectures import LinearModule
 from algorithms.calibration import Batch, CalibrationItem, batches
 from algorithms.differences import Difference
 from algorithms.errors import CalibrationError, NonFiniteError, SettingsError, UnsupportedModelError
 from algorithms.loading import linear_module, unwrapped
 from algorithms.statistics import GIB, input_device
 
+Gains = Callable[[Tensor, Tensor], Tensor]
+"""What a module's n parts gain, (n,), from its inputs (tokens, in) and the gradient at its outputs (tokens, out)."""
+
 
 @dataclass(frozen=True)
 class Attribution:
-    """What the answers' loss in one model comes to, and what each neuron's update has to do with it.
+    """What the answers' loss in one model comes to, and what each part of its update has to do with it.
 
     Attributes:
         loss: mean of −log p over the counted answer tokens, in nats.
-        scores: a_i for every row i, (out,) float32 by module.
+        gains: of the n parts of each module, (n,) float32, in nats.
     """
 
     loss: float
-    scores: Mapping[str, Tensor]
+    gains: Mapping[str, Tensor]
 
     def plus(self, other: "Attribution", weight: float) -> "Attribution":
         """The attribution of a sum of two losses, the other one weighted."""
-        scores = {name: values + weight * other.scores[name] for name, values in self.scores.items()}
-        return Attribution(self.loss + weight * other.loss, scores)
+        gains = {name: values + weight * other.gains[name] for name, values in self.gains.items()}
+        return Attribution(self.loss + weight * other.loss, gains)
+
+
+def neuron_gains(update: Difference) -> Gains:
+    """What each row of U gains when it is taken out, for each entry of the row: (out,)."""
+    # Two thin products where U is of low rank.
+    parts = update.factors() or (update.rows(slice(0, update.shape[0])),)
+
+    def gains(x: Tensor, delta: Tensor) -> Tensor:
+        moved = x
+        for part in reversed(parts):
+            moved = moved @ part.to(x.device).T
+        # float64: batches are summed in an order that depends on their size, and the ranking should not.
+        return (delta * moved).sum(dim=0, dtype=torch.float64) / update.shape[1]
+
+    return gains
+
+
+def direction_gains(update: Difference, directions: Tensor, kept: Tensor | None = None) -> Gains:
+    """What U q qᵀ gains when it is taken out, for every column q of Q (in, r): (r,).
+
+    Args:
+        update: U.
+        directions: Q, orthonormal columns.
+        kept: rows of U that stay as they are.
+    """
+    moved = update.times(directions)
+    if kept is not None:
+        moved[kept] = 0
+
+    def gains(x: Tensor, delta: Tensor) -> Tensor:
+        along = (x @ directions.to(x.device)) * (delta @ moved.to(x.device))
+        return along.sum(dim=0, dtype=torch.float64)
+
+    return gains
 
 
 def attribution(
     model: nn.Module,
     items: Sequence[CalibrationItem],
-    updates: Mapping[str, Difference],
+    parts: Mapping[str, Gains],
     *,
     batch_size: int,
     pad_id: int,
-    memory_gib: float,
     progress: Callable[[int, int], None] | None = None,
 ) -> Attribution:
-    """The loss of some answers and a_i for every row i of some modules.
+    """The loss of some answers, and what the parts of some modules' updates gain when they are taken out.
 
     Args:
         model: where the loss is differentiated, plain or PEFT-wrapped, in evaluation mode; its weights do not change.
         items: tokenized prompts with answers; the loss counts the tokens after the prompt that their masks count.
-        updates: U of each module by canonical name.
+        parts: by the module's canonical name.
         batch_size: prompts per pass.
         pad_id: token id to pad with.
-        memory_gib: how much the dense updates together may take; low-rank ones take next to nothing.
         progress: called with prompts done and prompts in all.
 
     Raises:
         CalibrationError: no answer token is counted.
-        SettingsError: the updates need more memory than allowed.
-        NonFiniteError: the loss or a score is NaN or infinite.
+        NonFiniteError: the loss is NaN or infinite.
         UnsupportedModelError: a module's output does not take part in the loss.
     """
     labelled = labelled_tokens(items)
@@ -76,8 +112,7 @@ def attribution(
             "No answer token is counted, so there is no answer to attribute",
             "Register the prompts with answers, or let tokens hold answer",
         )
-    require_update_memory(updates, memory_gib)
-    collector = _Collector(updates)
+    collector = _Collector(parts)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [*collector.attach(model), _differentiable_inputs(model)]
     try:
@@ -105,32 +140,17 @@ def attribution(
     return Attribution(total, collector.result())
 
 
-class _Update:
-    """U of one module as a map of inputs: two thin products where it is of low rank."""
-
-    def __init__(self, update: Difference) -> None:
-        self.module: LinearModule = update.module
-        self._parts = update.factors() or (update.rows(slice(0, update.shape[0])),)
-
-    def of(self, x: Tensor) -> Tensor:
-        """U x for every row of x: (tokens, in) → (tokens, out) float32."""
-        moved = x.float()
-        for part in reversed(self._parts):
-            moved = moved @ part.to(x.device).T
-        return moved
-
-
 class _Collector:
-    """Adds δ_i (U x)_i over all tokens, by hooks on the modules' outputs."""
+    """Adds up what the parts gain over all tokens, by hooks on the modules' outputs."""
 
-    def __init__(self, updates: Mapping[str, Difference]) -> None:
-        self._updates = {name: _Update(update) for name, update in updates.items()}
+    def __init__(self, parts: Mapping[str, Gains]) -> None:
+        self._parts = parts
         self._sums: dict[str, Tensor] = {}
 
     def attach(self, model: nn.Module) -> list[RemovableHandle]:
         return [
             linear_module(model, name).register_forward_hook(partial(self._forward, name), with_kwargs=True)
-            for name in self._updates
+            for name in self._parts
         ]
 
     def _forward(
@@ -141,22 +161,17 @@ class _Collector:
 
     def _backward(self, name: str, x: Tensor, gradient: Tensor) -> None:
         delta = gradient.reshape(-1, gradient.shape[-1]).float()
-        moved = self._updates[name].of(x.reshape(-1, x.shape[-1]))
-        # float64: batches are summed in an order that depends on their size, and the ranking should not.
-        found = (delta * moved).sum(dim=0, dtype=torch.float64).cpu()
+        found = self._parts[name](x.reshape(-1, x.shape[-1]).float(), delta).cpu()
         self._sums[name] = self._sums[name] + found if name in self._sums else found
 
     def result(self) -> dict[str, Tensor]:
-        scores = {}
-        for name, update in self._updates.items():
-            found = self._sums.get(name)
-            if found is None:
+        for name in self._parts:
+            if name not in self._sums:
                 raise UnsupportedModelError(
                     f"{name} takes no part in the answers' loss",
                     "Use a family from the documented table; routed or packed modules are not reached",
                 )
-            scores[name] = (found / update.module.in_features).float()
-        return scores
+        return {name: self._sums[name].float() for name in self._parts}
 
 
 def _loss(model: nn.Module, batch: Batch, items: Sequence[CalibrationItem]) -> Tensor:
@@ -188,13 +203,13 @@ def labelled_tokens(items: Sequence[CalibrationItem]) -> int:
     return sum(sum(_labelled(item)) for item in items)
 
 
-def require_update_memory(updates: Mapping[str, Difference], limit_gib: float) -> None:
+def require_update_memory(updates: Iterable[Difference], limit_gib: float) -> None:
     """Refuse dense updates that would not fit.
 
     Raises:
         SettingsError: they need more than `limit_gib`.
     """
-    dense = [update.shape for update in updates.values() if update.factors() is None]
+    dense = [update.shape for update in updates if update.factors() is None]
     needed = sum(4 * outputs * inputs for outputs, inputs in dense) / GIB
     if needed > limit_gib:
         raise SettingsError(

@@ -99,6 +99,13 @@ class Difference:
         for block in row_blocks(self.module, STREAM_BYTES):
             yield block, self.rows(block)
 
+    def times(self, matrix: Tensor) -> Tensor:
+        """(x − y) M, float32 (out, r), for a matrix M (in, r)."""
+        if self._factors is not None:
+            left, right = self._factors
+            return left @ (right @ matrix)
+        return torch.cat([rows @ matrix for _, rows in self.blocks()])
+
     def norm(self) -> float:
         """The Frobenius norm ‖x − y‖_F, summed in float64."""
         if self._factors is not None:

@@ -21,8 +21,6 @@ _FIGURES = (
     "overlap",
     "rank_correlation",
 )
-# Older identifications have none.
-_LOSSES = ("aligned_loss", "head_loss")
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,9 @@ class Identification:
                 for part in self.modules
             ],
             "unreached": list(self.unreached),
-            **{name: getattr(self, name) for name in (*_FIGURES, *_LOSSES)},
+            **{name: getattr(self, name) for name in _FIGURES},
+            "aligned_loss": self.aligned_loss,
+            "head_loss": self.head_loss,
         }
 
 
@@ -205,7 +205,8 @@ class StoredIdentification:
                 modules=tuple(_module_from_parts(entry, self._tensors) for entry in self._entries.values()),
                 unreached=self.unreached,
                 **{name: self._summary[name] for name in _FIGURES},
-                **{name: self._summary.get(name) for name in _LOSSES},
+                aligned_loss=self._summary.get("aligned_loss"),  # older identifications have none
+                head_loss=self._summary.get("head_loss"),
             )
 
 

@@ -83,6 +83,28 @@ def select(
     return Selection(tuple(found), _overall_overlap(modules, found), _overall_correlation(modules, settings))
 
 
+def gaining_directions(gains: Sequence[Tensor], wanted: float | None) -> list[Tensor]:
+    """Which candidate directions of each module are taken out: those that gain most, over all modules.
+
+    Only what gains more than 0 is taken, and no more than it needs for the gains to come to `wanted`.
+
+    Args:
+        gains: (r,) of each module.
+        wanted: what they are to come to; None for everything above 0.
+
+    Returns:
+        Masks (r,).
+    """
+    values = torch.cat(list(gains)).double()
+    order = _descending(values)
+    order = order[values[order] > 0]
+    if wanted is not None:
+        order = order[_before(values[order]) < wanted]
+    mask = torch.zeros(len(values), dtype=torch.bool)
+    mask[order] = True
+    return _split(mask, [len(each) for each in gains])
+
+
 def new_rows(selected: Tensor, protected: Tensor | None) -> Tensor:
     """Selected rows that no applied patch has claimed: selected \\ protected, (n,) int64 ascending."""
     selected = selected.to(torch.int64).sort().values
@@ -214,10 +236,14 @@ def _until_gained(modules: Sequence[ScoredModule], scores: Tensor, order: Tensor
     """The shortest beginning of the order whose unclaimed rows gain `wanted`, as a mask; empty for 0 or less."""
     gains = torch.cat([module.scores.double() * module.row_parameters for module in modules]).clamp_min(0)
     gains[torch.cat([_protected(module) for module in modules])] = 0
-    before = gains[order].cumsum(0) - gains[order]
     mask = torch.zeros(len(scores), dtype=torch.bool)
-    mask[order[before < wanted]] = True
+    mask[order[_before(gains[order]) < wanted]] = True
     return mask
+
+
+def _before(gains: Tensor) -> Tensor:
+    """What has been gained before each of some gains in order."""
+    return gains.cumsum(0) - gains
 
 
 def _protected(module: ScoredModule) -> Tensor:

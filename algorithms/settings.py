@@ -85,8 +85,8 @@ class FgsnSettings(BaseModel):
         0.0,
         ge=0,
         description="Where the taking ends before the budget is used up (attribution): once the gains of the neurons "
-        "taken, to first order, come to this multiple of the loss that the head has more than the aligned model; at 0 "
-        "the budget alone decides.",
+        "or directions taken, to first order, come to this multiple of the loss that the head has more than the "
+        "aligned model; at 0 the budget alone decides.",
     )
     layers: str = Field(
         "all",
@@ -140,7 +140,16 @@ class FgsnSettings(BaseModel):
         0.9, gt=0, le=1, description="Share of the squared singular values of V that the orthogonal projector keeps."
     )
     directions: int = Field(
-        16, ge=1, description="Number of leading input directions that the subspace operation removes."
+        16,
+        ge=1,
+        description="Number of leading input directions that the subspace operation removes from each module, or "
+        "chooses from (direction_choice).",
+    )
+    direction_choice: Literal["leading", "attribution"] = Field(
+        "leading",
+        description="Which of a module's input directions are claimed (protect directions): all the leading ones, or "
+        "those of them where taking the update out makes safe answers likelier, to first order (attribution), the best "
+        "of all modules first, as far as stop_at says.",
     )
     basis: Literal["harmful", "random"] = Field(
         "harmful",
@@ -186,9 +195,9 @@ class FgsnSettings(BaseModel):
                 "score update-norm has no benign side to subtract",
                 "Use selection = budget, or set benign_share to 0",
             )
-        if self.ranked_by == "attribution" and "answer" not in self.token_kinds:
+        if self.gradients_at and "answer" not in self.token_kinds:
             raise SettingsError(
-                f"score attribution differentiates answers, and tokens = {self.tokens} counts none",
+                f"attribution differentiates answers, and tokens = {self.tokens} counts none",
                 "Let tokens hold answer, as header+answer",
             )
         if self.ranked_by == "attribution" and self.selection == "difference" and self.benign_share > 0:
@@ -201,10 +210,15 @@ class FgsnSettings(BaseModel):
                 f"benign_weight = {self.benign_weight:g} has no meaning for score {self.score}",
                 "Use score = attribution, or leave benign_weight out",
             )
-        if self.stops_early and (self.gradient_models, self.ranking) != ("aligned+head", "all"):
+        if self.stops_early and (self.gradient_models != "aligned+head" or self.ranks_by_module):
             raise SettingsError(
-                f"stop_at = {self.stop_at:g} compares losses in head and aligned model, over neurons of all modules",
+                f"stop_at = {self.stop_at:g} compares losses in head and aligned model, over all modules at once",
                 "Use gradient_models = aligned+head and ranking = all, or set stop_at to 0",
+            )
+        if self.chooses_directions and self.statistics_model != "aligned":
+            raise SettingsError(
+                "direction_choice attribution chooses from directions that were found in the aligned model",
+                "Use statistics_model = aligned, or direction_choice = leading",
             )
         if self.damage_baseline != "none" and self.score != "damage":
             raise SettingsError(
@@ -255,13 +269,25 @@ class FgsnSettings(BaseModel):
 
     @property
     def gradients_at(self) -> frozenset[str]:
-        """The models in which a loss is differentiated; none unless neurons are ranked by attribution."""
-        return frozenset(self.gradient_models.split("+")) if self.ranked_by == "attribution" else frozenset()
+        """The models in which a loss is differentiated; none unless neurons or directions are chosen by attribution."""
+        attributed = self.ranked_by == "attribution" or self.chooses_directions
+        return frozenset(self.gradient_models.split("+")) if attributed else frozenset()
+
+    @property
+    def chooses_directions(self) -> bool:
+        """Whether input directions are chosen by attribution."""
+        return self.protects_directions and self.direction_choice == "attribution"
+
+    @property
+    def ranks_by_module(self) -> bool:
+        """Whether neurons of different modules are not compared."""
+        return self.ranked_by is not None and self.ranking == "module"
 
     @property
     def stops_early(self) -> bool:
-        """Whether neurons are taken only until their gains come to a multiple of what was lost."""
-        return self.stop_at > 0 and self.ranked_by == "attribution" and self.selection == "budget"
+        """Whether parts of the update are taken only until their gains come to a multiple of what was lost."""
+        by_budget = self.ranked_by == "attribution" and self.selection == "budget"
+        return self.stop_at > 0 and (by_budget or self.chooses_directions)
 
     @property
     def needs_answers(self) -> bool:
@@ -272,7 +298,7 @@ class FgsnSettings(BaseModel):
     @property
     def needs_benign_answers(self) -> bool:
         """Whether benign prompts are looked at beyond their last token, so that their answers matter too."""
-        if self.ranked_by == "attribution":
+        if self.gradients_at:
             return self.benign_weight > 0
         return self.needs_answers and self.ranked_by is not None
 
@@ -307,7 +333,14 @@ _SPARSE = FgsnSettings(stop_at=1.25)
 PRESETS: Mapping[str, FgsnSettings] = {
     "default": _SPARSE,
     "sparse": _SPARSE,
-    "strong": FgsnSettings(protect="directions", operation="subspace", answer_tokens=12),
+    "strong": FgsnSettings(
+        protect="directions",
+        operation="subspace",
+        answer_tokens=12,
+        directions=64,
+        direction_choice="attribution",
+        stop_at=1.25,
+    ),
     # q and p are second-hand (q ≫ p). These two, in a window of 6/32 of the blocks, give the 5 % of parameters that
     # the paper reports for Llama-3.1-8B: 0.19 of the blocks × 0.87 linear × about a third of the neurons.
     "fgsn-paper": FgsnSettings(

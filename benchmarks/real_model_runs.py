@@ -6,7 +6,7 @@ SafeLoRA, by a paired test:
     Run("mine", settings(preset="mine"), "ours", "main", ("mine-random",), every_stage=True, quick=True),
     Run("mine-random", settings("score=random", preset="mine"), "control", "main"),
 
-A preset that claims directions has `basis=random` as its control instead.
+A preset that claims directions has random ones (`basis=random`) as its control instead.
 """
 
 from collections.abc import Iterable, Sequence
@@ -66,6 +66,8 @@ _DAMAGE_SUBSPACE = (
     "answer_tokens=12",
 )
 
+_RANDOM_DIRECTIONS = ("basis=random", "direction_choice=leading", "directions=16")
+
 MAIN = (
     # What could be had at most by whole rows: every linear module as it was in the aligned model.
     Run("undo-all", settings("operation=restore", *_ALL_ROWS), "baseline", "main", dimensions=DIMENSIONS[:1]),
@@ -93,7 +95,16 @@ MAIN = (
         quick=True,
     ),
     Run("strong", settings(preset="strong"), "ours", "main", ("strong-random",), every_stage=True, quick=True),
-    Run("strong-random", settings("basis=random", preset="strong"), "control", "main", quick=True),
+    # The leading directions of the preset as it was, whatever they gain.
+    Run(
+        "strong-leading",
+        settings("direction_choice=leading", "directions=16", preset="strong"),
+        "ours",
+        "main",
+        ("strong-random",),
+    ),
+    # At least as many directions as `strong` claims.
+    Run("strong-random", settings(*_RANDOM_DIRECTIONS, preset="strong"), "control", "main", quick=True),
     Run("damage-subspace", settings(*_DAMAGE_SUBSPACE), "ours", "main", ("damage-subspace-random",)),
     Run("damage-subspace-random", settings("score=random", *_DAMAGE_SUBSPACE[1:]), "control", "main"),
     Run("nlsr-default", settings(method="nlsr"), "published", "main", ("nlsr-default-random",), every_stage=True),

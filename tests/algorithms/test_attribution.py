@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from algorithms.attribution import Attribution, attribution
+from algorithms.attribution import (
+    Attribution,
+    attribution,
+    direction_gains,
+    neuron_gains,
+    require_update_memory,
+)
 from algorithms.calibration import CalibrationItem
 from algorithms.differences import Difference
 from algorithms.errors import CalibrationError, SettingsError
@@ -27,11 +33,12 @@ FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2", "phi3")
 def attributed(
     model: nn.Module, updates: dict[str, Difference], items: Sequence[CalibrationItem] = ANSWERED, **more: Any
 ) -> Attribution:
-    return attribution(model, items, updates, **{"batch_size": 2, "pad_id": 0, "memory_gib": 1.0, **more})
+    parts = {name: neuron_gains(update) for name, update in updates.items()}
+    return attribution(model, items, parts, **{"batch_size": 2, "pad_id": 0, **more})
 
 
 def scores(*arguments: Any, **more: Any) -> dict[str, Tensor]:
-    return dict(attributed(*arguments, **more).scores)
+    return dict(attributed(*arguments, **more).gains)
 
 
 def mean_loss(model: nn.Module) -> Tensor:
@@ -107,12 +114,12 @@ def test_the_loss_is_the_mean_over_all_counted_tokens_whatever_the_batches(tmp_p
         assert attributed(model, updates, batch_size=size).loss == pytest.approx(expected, rel=1e-4)
 
 
-def test_two_losses_add_up_with_their_scores() -> None:
+def test_two_losses_add_up_with_their_gains() -> None:
     one = Attribution(2.0, {"a": torch.tensor([1.0, -1.0])})
     other = Attribution(0.5, {"a": torch.tensor([2.0, 4.0])})
     both = one.plus(other, 0.5)
     assert both.loss == 2.25
-    assert both.scores["a"].tolist() == [2.0, 1.0]
+    assert both.gains["a"].tolist() == [2.0, 1.0]
 
 
 def test_batches_and_padding_do_not_change_it_and_weights_ask_for_gradients_as_before(tmp_path: Path) -> None:
@@ -148,5 +155,30 @@ def test_dense_updates_that_would_not_fit_are_refused(tmp_path: Path) -> None:
     updates = {
         name: Difference(open_weights(subject), open_weights(aligned), name) for name in open_weights(subject).modules
     }
+    require_update_memory(updates.values(), 1e-3)
     with pytest.raises(SettingsError, match="gram_memory_gib"):
-        scores(load_model(subject)[0], updates, memory_gib=1e-9)
+        require_update_memory(updates.values(), 1e-9)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_of_a_direction_it_is_the_gradient_times_what_is_taken_out(full: tuple[Path, Path], held: bool) -> None:
+    subject, aligned = (open_weights(path) for path in full)
+    updates = {name: Difference(subject, aligned, name) for name in subject.modules}
+    generator = torch.Generator().manual_seed(0)
+    bases, parts, kept = {}, {}, torch.tensor([1, 3]) if held else None
+    for name, update in updates.items():
+        bases[name] = torch.linalg.qr(torch.randn(update.shape[1], 3, generator=generator)).Q
+        parts[name] = direction_gains(update, bases[name], kept)
+    found = attribution(load_model(full[0])[0], ANSWERED, parts, batch_size=2, pad_id=0).gains
+    model = plain_model(full[0])
+    mean_loss(model).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, module in subject.modules.items():
+        gradient = gradients[module.tensor] if module.tensor in gradients else gradients[f"{name}.weight"]
+        gradient = gradient.T if module.transposed else gradient
+        U = updates[name].rows(slice(0, module.out_features)).clone()
+        if kept is not None:
+            U[kept] = 0
+        for column, q in enumerate(bases[name].T):
+            expected = (gradient * torch.outer(U @ q, q)).sum()
+            torch.testing.assert_close(found[name][column], expected, atol=1e-5, rtol=1e-3)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from algorithms.selection import ScoredModule, entry_threshold, new_rows, rank_correlation, select
+from algorithms.selection import ScoredModule, entry_threshold, gaining_directions, new_rows, rank_correlation, select
 from algorithms.settings import FgsnSettings
 
 # Few different values, so that ties are common.
@@ -142,6 +142,28 @@ def test_where_nothing_was_lost_no_row_is_taken() -> None:
 def test_only_a_budget_of_attribution_is_ended_early(more) -> None:
     modules = [ScoredModule(torch.tensor([3.0, 1.0]), None, 2)]
     assert len(select(modules, FgsnSettings(**{"budget": 1, "stop_at": 1, **more}), 4, 0.0).modules[0].selected) == 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=8), min_size=1, max_size=4), st.floats(-1, 12)
+)
+def test_directions_are_taken_by_gain_until_it_is_enough(drawn: list[list[float]], wanted: float) -> None:
+    gains = [torch.tensor(values) for values in drawn]
+    every = torch.cat(gaining_directions(gains, None))
+    values = torch.cat(gains)
+    assert torch.equal(every, values > 0)
+    masks = gaining_directions(gains, wanted)
+    assert [len(mask) for mask in masks] == [len(each) for each in gains]
+    taken = torch.cat(masks)
+    assert not bool((taken & ~every).any())
+    gained = float(values[taken].double().sum())
+    if bool(taken.any()):
+        smallest = float(values[taken].min())
+        assert gained - smallest <= wanted + 1e-6
+        assert smallest >= float(values[every & ~taken].max()) if bool((every & ~taken).any()) else True
+    if bool((every & ~taken).any()):
+        assert gained >= wanted - 1e-6
 
 
 def test_identical_rankings_overlap_as_far_as_the_shares_allow() -> None:
