@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,89 +12,13 @@ from torch import Tensor, nn
 
 from algorithms.calibration import CalibrationItem, calibration_items, padding_id
 from algorithms.errors import CalibrationError, MismatchError, SettingsError
-from algorithms.fgsn import Identification, identify
 from algorithms.identifications import StoredIdentification
-from algorithms.loading import linear_module, load_model
+from algorithms.loading import linear_module
 from algorithms.operations import edit_rows
-from algorithms.settings import PRESETS, FgsnSettings, ModelRole
-from algorithms.weights import WeightSource, open_weights
-from tests.tiny_models import build_tokenizer, quiet, save_adapter, save_model, save_variant
-
-DEPTH = 4
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """Directories of a subject with its aligned model; `under` is the checkpoint below adapters."""
-
-    subject: Path
-    aligned: Path
-    base: Path
-    under: Path | None = None
-    aligned_under: Path | None = None
-
-    def sources(self) -> tuple[WeightSource, WeightSource]:
-        return open_weights(self.subject, self.under), open_weights(self.aligned, self.aligned_under)
-
-
-@pytest.fixture(scope="module")
-def full_lineage(tmp_path_factory: pytest.TempPathFactory) -> Lineage:
-    home = tmp_path_factory.mktemp("full")
-    base = save_model(home / "base", num_hidden_layers=DEPTH)
-    aligned = save_variant(base, home / "aligned", seed=1)
-    return Lineage(save_variant(aligned, home / "subject", seed=2), aligned, base)
-
-
-@pytest.fixture(scope="module")
-def adapter_lineage(tmp_path_factory: pytest.TempPathFactory, full_lineage: Lineage) -> Lineage:
-    home = tmp_path_factory.mktemp("adapter")
-    subject = save_adapter(full_lineage.aligned, home / "subject", targets=["q_proj", "v_proj", "down_proj"], seed=3)
-    return Lineage(subject, full_lineage.aligned, full_lineage.base, under=full_lineage.aligned)
-
-
-@pytest.fixture(scope="module")
-def continued_lineage(tmp_path_factory: pytest.TempPathFactory, full_lineage: Lineage) -> Lineage:
-    home = tmp_path_factory.mktemp("continued")
-    aligned = save_adapter(full_lineage.base, home / "aligned", seed=4)
-    subject = save_adapter(full_lineage.base, home / "subject", seed=5)
-    return Lineage(subject, aligned, full_lineage.base, full_lineage.base, full_lineage.base)
-
-
-class Loader:
-    """Gives models by role, and notes which were asked for."""
-
-    def __init__(self, lineage: Lineage) -> None:
-        self._lineage = lineage
-        self.asked: list[ModelRole] = []
-
-    def __call__(self, role: ModelRole) -> nn.Module:
-        self.asked.append(role)
-        line = self._lineage
-        path, under = (line.aligned, line.aligned_under) if role == "aligned" else (line.subject, line.under)
-        with quiet():
-            return load_model(path, under)[0]
-
-
-def prompts(seed: int, low: int, high: int) -> list[CalibrationItem]:
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for length in (6, 9, 7, 12, 8, 6):
-        tokens = torch.randint(low, high, (length,), generator=generator).tolist()
-        found.append(CalibrationItem(tuple(tokens), tuple([False] * 2 + [True] * (length - 2)), length - 2))
-    return found
-
-
-HARMFUL, BENIGN = prompts(1, 4, 30), prompts(2, 25, 60)
-
-
-def run(lineage: Lineage, settings: FgsnSettings, **more: Any) -> Identification:
-    subject, aligned = lineage.sources()
-    arguments = {"load": Loader(lineage), "harmful": HARMFUL, "benign": BENIGN, "pad_id": 0, **more}
-    return identify(subject, aligned, arguments.pop("head", subject), settings=settings, **arguments)
-
-
-def all_selected(found: Identification) -> list[tuple[str, list[int]]]:
-    return [(part.module, part.selected.tolist()) for part in found.modules]
+from algorithms.settings import PRESETS, FgsnSettings
+from algorithms.weights import open_weights
+from tests.algorithms.lineages import BENIGN, DEPTH, HARMFUL, Lineage, Loader, all_selected, run
+from tests.tiny_models import build_tokenizer, save_model
 
 
 def inputs_of(model: nn.Module, module: str, items: list[CalibrationItem]) -> Tensor:
