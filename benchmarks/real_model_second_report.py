@@ -29,6 +29,7 @@ def second_opinion(runs: Sequence[Run], content: Mapping[str, Any], second: Mapp
     if any(reference_name(model) not in again for model in REFERENCES):
         return None
     references = {model: again[reference_name(model)] for model in REFERENCES}
+    extrapolated = {name: pooled_harmfulness(again[name]) for name in again if name.startswith("reference beta")}
     judge = second["judge"]
     seconds = [entry["seconds"] for name, entry in second.items() if name != "judge"]
     overall = [figure for figure in judge["figures"] if figure["category"] is None]
@@ -38,7 +39,7 @@ def second_opinion(runs: Sequence[Run], content: Mapping[str, Any], second: Mapp
         | {"figures": overall, "cut": {"tokens": judge["cut"]["tokens"], "figures": cut}},
         "seconds_per_model": {"median": median(seconds), "most": max(seconds)},
         "agreement": _agreement(content, second),
-        "references": {model: pooled_harmfulness(measured) for model, measured in references.items()},
+        "references": {model: pooled_harmfulness(measured) for model, measured in references.items()} | extrapolated,
         "runs": [_run(run, again, references) for run in runs if _judged_to_its_end(again.get(run.name))],
     }
 

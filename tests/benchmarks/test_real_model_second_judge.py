@@ -114,6 +114,15 @@ def test_every_measured_model_is_judged_and_nothing_but_verdicts_is_written(
         assert set(outcomes) == {*DIMENSIONS, *UNSEEN}
 
 
+def test_a_reference_is_found_by_its_registered_name() -> None:
+    content = {"registered": {}, "reference aligned": {}, "reference beta 0.5": {}}
+
+    assert [(found.model, found.state_digest) for found in measured_models(content)] == [
+        ("aligned", None),
+        ("extrapolated-0.5", None),
+    ]
+
+
 def test_what_is_judged_is_not_judged_again_and_the_judge_not_trained_again(
     judge: tuple[JudgeHome, Any], models: BenchmarkModels, place: Path
 ) -> None:
