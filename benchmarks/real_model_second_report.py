@@ -82,7 +82,8 @@ def _agreement(content: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
     first_of: dict[tuple[str, str], bool] = {}
     second_of: dict[tuple[str, str], bool] = {}
     for measured in measured_models(content):
-        if (kept := second.get(measured.name)) is None:
+        kept = second.get(measured.name)
+        if kept is None or measured.state_digest not in {None, kept["state_digest"]}:
             continue
         for name, outcomes in measured.result["outcomes"].items():
             for prompt, harmful in outcomes.items():
