@@ -13,7 +13,8 @@ prompts. A patch that is refused is a result.
 Figures come from `neuronledger evaluate --json`. Finished lineages are kept in the cache: a run that was stopped goes
 on with the next one, and generates no answer twice. With `--output` it writes `real_model_SUBJECT.json` and `.md`, with
 `--images` the frontier as SVG; `--report-only` writes them from what is there. No prompt and no answer is printed or
-stands in these files.
+stands in these files. `--second-judge` has the answers that are stored read by a trained judge too, with
+`--report-only` those of results that are there; nothing is generated for it.
 """
 
 import argparse
@@ -26,11 +27,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from real_model_commands import Commands, RefusedError, Results
+from real_model_judge_training import judge_home, trained_judge
 from real_model_models import BenchmarkModels, add_attack_options, attack_of, make_models
 from real_model_outcomes import Measured, Measuring
 from real_model_plot import draw_frontier
 from real_model_runs import BETAS, DIMENSIONS, PARTS, Run, chosen
+from real_model_second_judge import judge_stored, second_results
+from real_model_second_report import second_opinion
 from real_model_summary import REFERENCES, UNSEEN, document, reference_name
 from real_model_tables import page
 
@@ -63,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.report_only:
             commands = Commands(place, options.threads)
             run_all(commands, models, runs, results, place, limit=options.limit, judge=options.judge, tell=tell)
+        if options.second_judge:
+            torch.set_num_threads(options.threads)
+            judge_again(models, options.data, options.cache, place, results, threads=options.threads, tell=tell)
         conditions = {
             "decoding": "greedy decoding",
             "max_new_tokens": MAX_NEW_TOKENS,
@@ -70,7 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "limit": options.limit,
             "quick": options.quick,
         }
-        _write(options, str(attack), document(attack, models, runs, results.content, conditions))
+        found = document(attack, models, runs, results.content, conditions)
+        if opinion := second_opinion(runs, results.content, second_results(place).content):
+            found["second_judge"] = opinion
+        _write(options, str(attack), found)
     except NeuronLedgerError as error:
         tell(str(error))
         return error.exit_code
@@ -90,6 +101,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--last-stage", action="store_true", help="measure after the last patch of a run only")
     parser.add_argument("--limit", type=int, help="most prompts of each harmful set (default all)")
     parser.add_argument("--judge", default="phrases", help="of harmfulness, as `evaluate` names it (default phrases)")
+    parser.add_argument(
+        "--second-judge", action="store_true", help="have the stored answers read by a judge trained on BeaverTails too"
+    )
     parser.add_argument("--threads", type=int, default=2, help="processor threads (default 2)")
     parser.add_argument("--output", type=Path, help="directory for the JSON document and the Markdown page")
     parser.add_argument("--images", type=Path, help="directory for the frontier's plot")
@@ -134,7 +148,7 @@ def run_all(
         # Left by a run that was stopped while it registered; nothing was measured yet.
         shutil.rmtree(place)
     prompts = _limited_prompts(models, place, limit)
-    measure = Measuring(commands, _measured(prompts, judge), place)
+    measure = Measuring(commands, measured_prompts(prompts, judge), place)
     results.once("registered", lambda: _register(commands, models, prompts), tell)
     for model in REFERENCES:
         results.once(reference_name(model), lambda model=model: measure("references", model), tell)
@@ -143,6 +157,35 @@ def run_all(
     for beta in sorted({beta for beta in BETAS if beta}) if any(run.part == "nlsr" for run in runs) else ():
         name = f"reference beta {beta:g}"
         results.once(name, lambda beta=beta: _extrapolated(commands, measure, beta, place), tell)
+
+
+def judge_again(
+    models: BenchmarkModels,
+    data: Path,
+    cache: Path,
+    place: Path,
+    results: Results,
+    *,
+    threads: int,
+    tell: Tell = lambda _: None,
+) -> None:
+    """Have every stored answer of the results judged by the trained judge, which is trained first if it isn't.
+
+    Args:
+        models: whose base the judge reads, and whose prompts it is not trained on.
+        data: directory of the benchmark data.
+        cache: where the judge goes.
+        place: folder of the results.
+        results: that are judged.
+        threads: of training.
+        tell: told what is begun.
+
+    Raises:
+        NeuronLedgerError: the judge cannot be trained or opened, or the answers are to other prompts.
+    """
+    home = judge_home(data, cache, models)
+    shown = trained_judge(Commands(home.directory, threads), home, models, MAX_NEW_TOKENS, tell)
+    judge_stored(home, shown, results, place, measured_prompts(place / "prompts", "phrases"), tell)
 
 
 def _limited_prompts(models: BenchmarkModels, place: Path, limit: int | None) -> Path:
@@ -180,7 +223,7 @@ def _register(commands: Commands, models: BenchmarkModels, prompts: Path) -> dic
     return {}
 
 
-def _measured(prompts: Path, judge: str) -> Measured:
+def measured_prompts(prompts: Path, judge: str) -> Measured:
     return Measured(
         harmful={name: prompts / f"{name}.jsonl" for name in UNSEEN},
         accuracy={"sst2": prompts / "sst2.jsonl"},

@@ -12,7 +12,7 @@ from typing import Any
 
 from real_model_commands import Commands
 
-from algorithms.judges import RefusalPhraseJudge
+from algorithms.judges import Judge, RefusalPhraseJudge
 from governance.evaluated_models import model_of
 from governance.evaluation import EvaluationRequest, answer_tasks
 from governance.judge_choice import choose_judge
@@ -20,7 +20,7 @@ from governance.lineage_state import read_lineage
 from governance.measuring import GenerationSettings, stored_outcomes
 from governance.metrics import ATTACK_SUCCESS, HARMFULNESS
 from governance.prompt_sets import PromptSource
-from governance.workspace import open_workspace
+from governance.workspace import Workspace, open_workspace
 from neuronledger import NeuronLedgerError
 
 _KEPT = ("value", "numerator", "n", "interval_low", "interval_high")
@@ -83,26 +83,41 @@ class Measuring:
         }
 
     def _outcomes(self, lineage: str, model: str) -> dict[str, dict[str, bool]]:
-        """Prompt set -> digest of a prompt -> whether its answer is harmful."""
-        generation = GenerationSettings(self._what.max_new_tokens)
         workspace = open_workspace(f"sqlite:///{self._place / 'registry.db'}", "benchmark")
         with workspace.registry:
             measured = model_of(workspace, read_lineage(workspace, lineage), model)
-            tokenizer = measured.tokenizer()
             judge = choose_judge(workspace, self._what.judge, RefusalPhraseJudge())
-            harmful = {f"{HARMFULNESS}_{name}": PromptSource(str(file)) for name, file in self._what.harmful.items()}
-            request = EvaluationRequest(other_harmful=harmful, judges=(judge,))
-            found = {}
-            for task in answer_tasks(workspace, request):
-                if not task.metric.startswith(HARMFULNESS):
-                    continue  # attack success, which a judge other than phrases brings along
-                outcomes = stored_outcomes(workspace, task, tokenizer, measured.key, generation)
-                name = task.dimension or task.metric.removeprefix(f"{HARMFULNESS}_")
-                if outcomes is None:
-                    raise AnswersMissingError(f"Answers of {model} for {name} are not stored", "Run it once more")
-                prompts = [_digest(row.prompt) for row in task.prompts.rows]
-                found[name] = dict(zip(prompts, outcomes, strict=True))
-        return found
+            return stored_harmfulness(workspace, judge, self._what, measured.tokenizer(), measured.key)
+
+
+def stored_harmfulness(
+    workspace: Workspace, judge: Judge, what: Measured, tokenizer: Any, state: str
+) -> dict[str, dict[str, bool]]:
+    """Prompt set -> digest of a prompt -> whether its stored answer is harmful. Nothing is generated.
+
+    Args:
+        workspace: whose registry holds the dimensions, and beside which the answers are.
+        judge: of harmfulness.
+        what: the prompts of unseen kinds, and how long the answers are.
+        tokenizer: of the model that answered.
+        state: that its answers are stored under.
+
+    Raises:
+        AnswersMissingError: an answer is not in the store.
+    """
+    generation = GenerationSettings(what.max_new_tokens)
+    harmful = {f"{HARMFULNESS}_{name}": PromptSource(str(file)) for name, file in what.harmful.items()}
+    found = {}
+    for task in answer_tasks(workspace, EvaluationRequest(other_harmful=harmful, judges=(judge,))):
+        if not task.metric.startswith(HARMFULNESS):
+            continue  # attack success, which a judge other than phrases brings along
+        outcomes = stored_outcomes(workspace, task, tokenizer, state, generation)
+        name = task.dimension or task.metric.removeprefix(f"{HARMFULNESS}_")
+        if outcomes is None:
+            raise AnswersMissingError(f"Answers for {name} are not stored", "Run it once more")
+        prompts = [_digest(row.prompt) for row in task.prompts.rows]
+        found[name] = dict(zip(prompts, outcomes, strict=True))
+    return found
 
 
 def _name(figure: Mapping[str, Any]) -> str:

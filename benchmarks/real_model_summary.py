@@ -100,13 +100,6 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 def _run(run: Run, content: Mapping[str, Any], references: Mapping[str, Any]) -> dict[str, Any]:
     result = content[run.name]
     stages = [_stage(stage, references) for stage in result["stages"]]
-    last = _last_outcomes(result)
-    others = dict.fromkeys([*run.controls, *([SAFELORA] if run.family != "baseline" else [])])
-    tests = {
-        name: {kinds: asdict(mcnemar(pooled(last, sets), pooled(other, sets))) for kinds, sets in KINDS.items()}
-        for name in others
-        if last is not None and name in content and (other := _last_outcomes(content[name])) is not None
-    }
     settings = result["stages"][0]["patch"]["settings"] if result["stages"] else {}
     return {
         "name": run.name,
@@ -118,10 +111,26 @@ def _run(run: Run, content: Mapping[str, Any], references: Mapping[str, Any]) ->
         "dimensions": list(run.dimensions),
         "stages": stages,
         "worse_later": _worse_later(stages),
-        "tests": tests,
+        "tests": paired_tests(run, content),
         "refused": result.get("refused"),
         "verified": result.get("verified"),
         "seconds": result["seconds"],
+    }
+
+
+def paired_tests(run: Run, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """McNemar's tests of a run after its last dimension, by what it is held against and by kinds.
+
+    Args:
+        run: held against its controls and SafeLoRA.
+        content: results by name; what has none there, or no outcomes after its last dimension, is left out.
+    """
+    last = _last_outcomes(content[run.name])
+    others = dict.fromkeys([*run.controls, *([SAFELORA] if run.family != "baseline" else [])])
+    return {
+        name: {kinds: asdict(mcnemar(pooled(last, sets), pooled(other, sets))) for kinds, sets in KINDS.items()}
+        for name in others
+        if last is not None and name in content and (other := _last_outcomes(content[name])) is not None
     }
 
 
@@ -139,7 +148,7 @@ def _stage(stage: Mapping[str, Any], references: Mapping[str, Any]) -> dict[str,
         "dimension": stage["dimension"],
         "patch": counts,
         **_figures(stage),
-        "recovery": _recovery(stage, references),
+        "recovery": recoveries(stage, references),
     }
 
 
@@ -158,7 +167,11 @@ def _worse_later(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _figures(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures by prompt set, and harmfulness in % pooled over kinds."""
+    return {"figures": measured["figures"], "harmfulness": pooled_harmfulness(measured)}
+
+
+def pooled_harmfulness(measured: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Harmfulness in % with its interval, pooled over kinds, of what has `outcomes`."""
     outcomes: Mapping[str, Outcomes] = measured["outcomes"]
     together = {}
     for kinds, sets in KINDS.items():
@@ -170,10 +183,11 @@ def _figures(measured: Mapping[str, Any]) -> dict[str, Any]:
             "interval_low": 100 * rate.low,
             "interval_high": 100 * rate.high,
         }
-    return {"figures": measured["figures"], "harmfulness": together}
+    return together
 
 
-def _recovery(stage: Mapping[str, Any], references: Mapping[str, Any]) -> dict[str, Any]:
+def recoveries(stage: Mapping[str, Any], references: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """Recovery by kinds, of what has `outcomes`; None where the fine-tuned model is no more harmful."""
     found = {}
     for kinds, sets in KINDS.items():
         fine_tuned, patched, aligned = (

@@ -33,6 +33,8 @@ def page(document: Mapping[str, Any]) -> str:
             _kept_text(continual),
         ]
     parts += ["## Nothing beats", _frontier_text(document)]
+    if second := document.get("second_judge"):
+        parts += ["## By the trained judge", _second_text(second), _second_table(second), *_tests(second["runs"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -210,3 +212,41 @@ def _frontier_text(document: Mapping[str, Any]) -> str:
         ]
         lines.append(f"- {title}: " + ", ".join(entries))
     return "\n".join(lines)
+
+
+def _second_text(second: Mapping[str, Any]) -> str:
+    judge, agreed, seconds = second["judge"], second["agreement"], second["seconds_per_model"]
+    whole, cut = (_judge_figures(figures) for figures in (judge["figures"], judge["cut"]["figures"]))
+    kappa = "undefined" if agreed["kappa"] is None else f"{agreed['kappa']:.2f}"
+    return (
+        f"The same stored answers, read by a judge that was trained on BeaverTails (version {judge['version']}). It "
+        "reads them by hidden states of the unaligned model, and no prompt of this report is among its rows. On "
+        f"answers to prompts that it never saw: {whole}. With these answers cut to {judge['cut']['tokens']} tokens, as "
+        f"short as those here: {cut}. It errs in both directions: no share here is a count of harmful answers, and the "
+        "aligned model's need not be 0. Recovery is between the shares that this judge itself finds for the aligned "
+        f"and the fine-tuned model. On {agreed['n']:,} answers it and the first judge agree in "
+        f"{100 * agreed['share']:.0f} % (Cohen's kappa {kappa}); harmful by both {agreed['both']:,}, by the first only "
+        f"{agreed['only_first']:,}, by this one only {agreed['only_second']:,}. Judging took {seconds['median']:.0f} s "
+        f"for a model (median), at most {seconds['most']:.0f}."
+    )
+
+
+def _judge_figures(figures: Sequence[Mapping[str, Any]]) -> str:
+    found = {figure["metric"]: figure for figure in figures}
+    shown = (
+        f"{label} {found[metric]['value']:.2f} ({found[metric]['low']:.2f} to {found[metric]['high']:.2f})"
+        for metric, label in (("auc", "AUC"), ("balanced_accuracy", "balanced accuracy"))
+    )
+    return ", ".join(shown) + f", n {found['auc']['n']}"
+
+
+def _second_table(second: Mapping[str, Any]) -> str:
+    def shares(harmfulness: Mapping[str, Any]) -> list[str]:
+        return [_with_interval(harmfulness[kinds]) for kinds in ("seen", "unseen")]
+
+    rows = [[_REFERENCE_TITLES[model], *shares(second["references"][model]), "", ""] for model in REFERENCES]
+    for run in second["runs"]:
+        last = run["stages"][-1]
+        back = (_recovery_cell(last["recovery"][kinds]) for kinds in ("seen", "unseen"))
+        rows.append([f"`{run['name']}`", *shares(last["harmfulness"]), *back])
+    return _table(["", "seen", "unseen", "recovery, seen", "recovery, unseen"], rows)

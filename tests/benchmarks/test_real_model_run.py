@@ -2,20 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import real_model
 import torch
-from click.testing import CliRunner
-from real_model_commands import RefusedError, Results
+from real_model_commands import Results
 from real_model_models import Attack, BenchmarkModels
 from real_model_runs import DIMENSIONS, Run, settings
 from real_model_summary import UNSEEN, document
 from real_model_tables import page
 
-from cli import main
-from tests.tiny_models import WORDS, save_adapter, save_model, save_variant
+from tests.benchmarks.real_model_scenarios import Here, tiny_models
 
 torch.set_num_threads(1)
 
@@ -32,52 +29,9 @@ RUNS = (
 CONDITIONS = {"decoding": "greedy decoding", "max_new_tokens": 40, "threads": 1}
 
 
-class Here:
-    """`Commands` in this process: the same command line, without the time to start it."""
-
-    def __init__(self, place: Path) -> None:
-        self._environment = {
-            "NEURONLEDGER_DATABASE": f"sqlite:///{place / 'registry.db'}",
-            "NEURONLEDGER_ACTOR": "benchmark",
-        }
-        self.done: list[str] = []
-
-    def __call__(self, *arguments: object) -> Any:
-        words = [*map(str, arguments), "--json"]
-        self.done.append(" ".join(words[:3]))
-        result = CliRunner().invoke(main, words, env=self._environment)
-        if result.exit_code in {1, 2}:
-            raise RefusedError(result.stderr.strip().splitlines()[-1])
-        assert result.exit_code == 0, result.output
-        return json.loads(result.stdout)
-
-
 @pytest.fixture(scope="module")
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BenchmarkModels:
-    """Three tiny models and prompts of every set."""
-    home = tmp_path_factory.mktemp("benchmark")
-    base = save_model(home / "base")
-    if getattr(request, "param", "full") == "lora":
-        aligned, subject = (save_adapter(base, home / name, seed=seed) for name, seed in (("a", 4), ("s", 5)))
-    else:
-        aligned = save_variant(base, home / "a", seed=1)
-        subject = save_variant(aligned, home / "s", seed=2)
-    words = iter(f"{one} {other}" for one in WORDS for other in WORDS)
-
-    def write(name: str, count: int) -> None:
-        file = home / "prompts" / f"{name}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        rows = ({"id": str(i), "prompt": next(words), "response": WORDS[i % len(WORDS)]} for i in range(count))
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-    for name in DIMENSIONS:
-        write(f"dimensions/{name}/harmful_identify", 4)
-        write(f"dimensions/{name}/harmful_report", 5)
-    for name in (*(f"unseen/{kind}_report" for kind in UNSEEN), "sst2_report", "xstest_safe_report"):
-        write(name, 5)
-    for name in ("benign_identify", "harmless_report"):
-        write(name, 4)
-    return BenchmarkModels(base, aligned, subject, home / "prompts", {}, {})
+    return tiny_models(tmp_path_factory.mktemp("benchmark"), getattr(request, "param", "full"))
 
 
 @pytest.fixture
