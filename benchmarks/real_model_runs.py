@@ -66,7 +66,7 @@ _DAMAGE_SUBSPACE = (
     "answer_tokens=12",
 )
 
-_RANDOM_DIRECTIONS = ("basis=random", "direction_choice=leading", "directions=16")
+_RANDOM_DIRECTIONS = ("basis=random", "direction_choice=leading")
 
 MAIN = (
     # What could be had at most by whole rows: every linear module as it was in the aligned model.
@@ -94,7 +94,15 @@ MAIN = (
         dimensions=DIMENSIONS[:1],
         quick=True,
     ),
-    Run("strong", settings(preset="strong"), "ours", "main", ("strong-random",), every_stage=True, quick=True),
+    Run(
+        "strong",
+        settings(preset="strong"),
+        "ours",
+        "main",
+        ("strong-random", "strong-random-64"),
+        every_stage=True,
+        quick=True,
+    ),
     # The leading directions of the preset as it was, whatever they gain.
     Run(
         "strong-leading",
@@ -103,8 +111,11 @@ MAIN = (
         "main",
         ("strong-random",),
     ),
-    # At least as many directions as `strong` claims.
-    Run("strong-random", settings(*_RANDOM_DIRECTIONS, preset="strong"), "control", "main", quick=True),
+    # As many random directions as that, and as many as `strong` chooses from.
+    Run(
+        "strong-random", settings(*_RANDOM_DIRECTIONS, "directions=16", preset="strong"), "control", "main", quick=True
+    ),
+    Run("strong-random-64", settings(*_RANDOM_DIRECTIONS, "directions=64", preset="strong"), "control", "main"),
     Run("damage-subspace", settings(*_DAMAGE_SUBSPACE), "ours", "main", ("damage-subspace-random",)),
     Run("damage-subspace-random", settings("score=random", *_DAMAGE_SUBSPACE[1:]), "control", "main"),
     Run("nlsr-default", settings(method="nlsr"), "published", "main", ("nlsr-default-random",), every_stage=True),

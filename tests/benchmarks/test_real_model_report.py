@@ -12,7 +12,7 @@ import real_model_runs as runs
 import real_model_summary as summary
 import real_model_tables as tables
 
-from algorithms.settings import PRESETS
+from algorithms.settings import FgsnSettings, fgsn_settings
 
 N = 20
 RUNS = tuple(run for run in runs.MAIN if run.name in {"undo-all", "safelora", "sparse", "sparse-random", "fgsn-paper"})
@@ -201,8 +201,15 @@ def test_every_run_has_settings_that_its_method_accepts(each: runs.Run) -> None:
 
 @pytest.mark.parametrize("each", [each for each in runs.RUNS if each.controls], ids=lambda each: each.name)
 def test_a_control_differs_from_its_run_in_what_neurons_or_directions_are_chosen_by_only(each: runs.Run) -> None:
+    # How many are chosen goes with what they are chosen by.
+    chosen_by = ("score=", "region_score=", "basis=", "direction_choice=", "directions=", "stop_at=")
+
     def others(options: tuple[str, ...]) -> set[str]:
-        return {text for text in options if not text.startswith(("--set", "score=", "region_score=", "basis="))}
+        return {text for text in options if not text.startswith(("--set", *chosen_by))}
+
+    def settings_of(options: tuple[str, ...]) -> FgsnSettings:
+        values = [text for key, text in zip(options[::2], options[1::2], strict=True) if key == "--set"]
+        return fgsn_settings(options[options.index("--preset") + 1], dict(text.split("=", 1) for text in values))
 
     for control in each.controls:
         other = next(run for run in runs.RUNS if run.name == control)
@@ -211,7 +218,10 @@ def test_a_control_differs_from_its_run_in_what_neurons_or_directions_are_chosen
         else:  # one draw at random of as many rows as all of the run's patches may come to
             more = next(text for text in other.options if text.startswith("budget="))
             assert others(other.options) - {more} == others(each.options)
-            assert float(more.removeprefix("budget=")) > len(each.dimensions) * PRESETS[each.name].budget - 1e-9
+            assert settings_of(other.options).budget > len(each.dimensions) * settings_of(each.options).budget - 1e-9
+    if "--preset" in each.options and "strong" in each.options:
+        found = settings_of(each.options).directions
+        assert max(settings_of(run.options).directions for run in runs.RUNS if run.name in each.controls) >= found
 
 
 def test_a_full_subject_has_no_factors_to_exchange() -> None:
