@@ -114,10 +114,7 @@ def digest_file(path: Path) -> str:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    whole = hashlib.sha256()
-    for chunk in _chunks(path):
-        whole.update(chunk)
-    return whole.hexdigest()
+    return digest_weight_file(path, ()).sha256
 
 
 def digest_tensors(directory: Path, tensors: Iterable[tuple[StoredTensor, str]]) -> dict[str, str]:
