@@ -7,7 +7,6 @@ its algorithm, and a digest is always compared in the algorithm that it was reco
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Protocol
 from blake3 import blake3
 
 from algorithms.errors import CheckpointError
+from algorithms.parallel import in_parallel
 from algorithms.safetensors_files import StoredTensor, read_exactly
 from algorithms.tokenizer_content import TokenizerContent
 
@@ -25,8 +25,6 @@ SHA256 = "sha256"
 BLAKE3 = "blake3"
 TENSOR_ALGORITHM = BLAKE3
 """In which algorithm tensors are hashed where no record asks for another."""
-
-HASHING_THREADS = min(8, os.cpu_count() or 1)
 
 Progress = Callable[[int], None]
 """Called with the number of bytes read since the last call."""
@@ -133,9 +131,8 @@ def digest_tensors(directory: Path, tensors: Iterable[tuple[StoredTensor, str]])
         CheckpointError: a file cannot be read, or ends early.
     """
     wanted = list(tensors)
-    with ThreadPoolExecutor(max_workers=HASHING_THREADS) as pool:
-        found = pool.map(lambda pair: _digest_range(directory, *pair), wanted)
-        return {tensor.name: digest for (tensor, _), digest in zip(wanted, found, strict=True)}
+    found = in_parallel(lambda pair: _digest_range(directory, *pair), wanted, lambda pair: pair[0].end - pair[0].begin)
+    return {tensor.name: digest for (tensor, _), digest in zip(wanted, found, strict=True)}
 
 
 def _digest_range(directory: Path, tensor: StoredTensor, algorithm: str) -> str:

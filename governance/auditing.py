@@ -12,6 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from algorithms.adapters import ADAPTER_CONFIG
+from algorithms.parallel import in_parallel
 from algorithms.weights import open_weights
 from governance.catalogue import weights_of
 from governance.direction_checks import check_actions
@@ -27,7 +28,7 @@ from governance.record_checks import (
 )
 from governance.timestamp_checks import Timestamp
 from governance.timestamping import kept_tokens
-from governance.weight_state import changed_file, changed_files
+from governance.weight_state import changed_file, changed_files, changed_in
 from governance.working_files import measure_working
 from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
@@ -141,8 +142,10 @@ def _check_content(
         yield from _check_working(lineage, checked, weights=weights)
         if weights:
             yield from _check_actions(workspace, session, lineage, checked)
-    for model in _records(session, Model, "model", chosen):
-        for problem in changed_files(Path(model.path), model.files, always_hash=weights):
+    models = _records(session, Model, "model", chosen)
+    changed = changed_in([(Path(model.path), model.files) for model in models], always_hash=weights)
+    for model, problems in zip(models, changed, strict=True):
+        for problem in problems:
             yield Finding("model", model.name, problem)
         yield from _of_records(check_registration(model, events))
 
@@ -169,14 +172,17 @@ def _check_artifacts(
     for judge in _records(session, TrainedJudge, "judge", chosen):
         wanted[judge.artifact_digest] = f"judge {judge.name}"
     wanted.pop("", None)
-    findings = []
-    for digest, subject in wanted.items():
+
+    def problem(digest: str) -> str | None:
         try:
             workspace.store.verify(digest)
         except ArtifactError as error:
-            findings.append(Finding("artifact", subject, error.problem))
+            return error.problem
+        return None
+
     checked["artifacts"] = len(wanted)
-    return findings
+    found = zip(wanted.values(), in_parallel(problem, wanted), strict=True)
+    return [Finding("artifact", subject, told) for subject, told in found if told is not None]
 
 
 def _check_claims(

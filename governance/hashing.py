@@ -8,12 +8,13 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from algorithms.checkpoints import StoredTensor
-from algorithms.digests import HASHING_THREADS, TENSOR_ALGORITHM, FileDigest, digest_weight_file
+from algorithms.digests import TENSOR_ALGORITHM, FileDigest, digest_weight_file
+from algorithms.parallel import in_parallel
 from governance.workspace import Progress, no_progress
 from registry.files import write_all
 
@@ -77,29 +78,24 @@ def hash_files(
         directory: where the files lie.
         files: their names.
         tensors: the tensors of all of them.
-        progress: told after each file.
-        journal: where finished files are noted and looked up.
+        progress: told after each file, in their order.
+        journal: where finished files are noted, in their order, and looked up.
 
     Raises:
-        CheckpointError: a file cannot be read.
+        CheckpointError: a file cannot be read; the first of them is named.
     """
     found: dict[str, FileDigest] = {}
     for file in files:
         if journal is not None and (noted := journal.find(directory / file)) is not None:
             found[file] = noted
     contained = {file: [tensor for tensor in tensors if tensor.file == file] for file in files}
-    with ThreadPoolExecutor(max_workers=HASHING_THREADS) as pool:
-        running = {
-            pool.submit(digest_weight_file, directory / file, contained[file]): file
-            for file in files
-            if file not in found
-        }
-        progress("hashing weights", len(found), len(files))
-        for finished in as_completed(running):
-            file = running[finished]
-            found[file] = finished.result()
+    missing = [file for file in files if file not in found]
+    progress("hashing weights", len(found), len(files))
+    with closing(in_parallel(lambda file: digest_weight_file(directory / file, contained[file]), missing)) as hashed:
+        for file, digests in zip(missing, hashed, strict=True):
+            found[file] = digests
             if journal is not None:
-                journal.add(directory / file, found[file])
+                journal.add(directory / file, digests)
             progress("hashing weights", len(found), len(files))
     return found
 

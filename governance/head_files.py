@@ -43,7 +43,7 @@ def checkpoint_edits(artifacts: Mapping[int, PatchArtifact]) -> dict[str, tuple[
 def write_edits(block: Block, edits: Iterable[Edit]) -> None:
     """Put the rows that patches wrote into a block."""
     for edit in edits:
-        splice(block, edit.artifact, edit.module, "new")
+        splice(block, edit.artifact, edit.module, "new", edit.artifact.rows(edit.module.name))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ the storage rows that it crosses are rewritten with the other columns as they ar
 
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from algorithms.checkpoints import Checkpoint, StoredTensor
-from algorithms.digests import HASHING_THREADS, TENSOR_ALGORITHM, new_hash, read_pieces
+from algorithms.digests import TENSOR_ALGORITHM, new_hash, read_pieces
+from algorithms.parallel import in_parallel
 from governance.patch_artifact import BLOCK_BYTES, ArtifactModule, PatchArtifact, Side
 from governance.tensor_file import DTYPES, tensor_bytes
 from registry.files import write_at
@@ -49,14 +49,18 @@ def tensor_changes(
     def change(module: ArtifactModule) -> TensorChange:
         algorithm = algorithms.get(module.tensor, TENSOR_ALGORITHM)
         before, after = new_hash(algorithm), new_hash(algorithm)
+        rows = artifact.rows(module.name)
         for block in tensor_blocks(checkpoint.path, checkpoint.stored(module.tensor)):
             before.update(block.content)
-            splice(block, artifact, module, side)
+            splice(block, artifact, module, side, rows)
             after.update(block.content)
         return TensorChange(module.tensor, before.hexdigest(), after.hexdigest())
 
-    with ThreadPoolExecutor(max_workers=HASHING_THREADS) as pool:
-        return {changed.tensor: changed for changed in pool.map(change, artifact.modules)}
+    def size(module: ArtifactModule) -> int:
+        stored = checkpoint.stored(module.tensor)
+        return stored.end - stored.begin
+
+    return {changed.tensor: changed for changed in in_parallel(change, artifact.modules, size)}
 
 
 def write_rows(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) -> tuple[str, ...]:
@@ -127,12 +131,12 @@ def _write_module(
     target: _InPlaceFile, checkpoint: Checkpoint, artifact: PatchArtifact, module: ArtifactModule, side: Side
 ) -> None:
     stored = checkpoint.stored(module.tensor)
+    rows = artifact.rows(module.name)
     if module.transposed:
         for block in tensor_blocks(checkpoint.path, stored):
-            splice(block, artifact, module, side)
+            splice(block, artifact, module, side, rows)
             target.put(stored.begin + block.start * stored.row_bytes, block.content)
         return
-    rows = artifact.rows(module.name)
     height = max(1, BLOCK_BYTES // stored.row_bytes)
     for first in range(0, len(rows), height):
         some = rows[first : first + height]
@@ -163,17 +167,16 @@ def tensor_blocks(directory: Path, stored: StoredTensor) -> Iterator[Block]:
         yield Block(start, min(start + height, rows), piece)
 
 
-def splice(block: Block, artifact: PatchArtifact, module: ArtifactModule, side: Side) -> None:
-    """Put the artifact's rows into a block."""
-    rows = artifact.rows(module.name)
+def splice(block: Block, artifact: PatchArtifact, module: ArtifactModule, side: Side, rows: Tensor) -> None:
+    """Put the artifact's rows into a block; `rows` are what `artifact.rows` says of the module."""
+    places = rows.numpy()
     if module.transposed:
         item = DTYPES[module.dtype].itemsize
         new = tensor_bytes(artifact.columns(module.name, side, block.start, block.stop).T)
         entries = block.rows.reshape(block.stop - block.start, -1, item)
-        entries[:, rows.numpy()] = np.frombuffer(new, np.uint8).reshape(len(entries), -1, item)
+        entries[:, places] = np.frombuffer(new, np.uint8).reshape(len(entries), -1, item)
         return
-    bounds = torch.searchsorted(rows, torch.tensor([block.start, block.stop]))
-    first, last = int(bounds[0]), int(bounds[1])
+    first, last = np.searchsorted(places, (block.start, block.stop)).tolist()
     if first < last:
         new = tensor_bytes(artifact.values(module.name, side, first, last))
-        block.rows[(rows[first:last] - block.start).numpy()] = np.frombuffer(new, np.uint8).reshape(last - first, -1)
+        block.rows[places[first:last] - block.start] = np.frombuffer(new, np.uint8).reshape(last - first, -1)

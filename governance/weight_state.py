@@ -6,7 +6,6 @@ again. `audit verify --weights` hashes everything.
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +15,6 @@ from algorithms.adapters import ADAPTER_CONFIG
 from algorithms.architectures import coverage
 from algorithms.checkpoints import StoredTensor, find_nonfinite, read_stored, require_finite
 from algorithms.digests import (
-    HASHING_THREADS,
     SHA256,
     TENSOR_ALGORITHM,
     digest_file,
@@ -27,6 +25,7 @@ from algorithms.digests import (
     tree_digest,
 )
 from algorithms.errors import CheckpointError
+from algorithms.parallel import in_parallel
 from algorithms.safetensors_files import SafetensorsHeader, read_header
 from algorithms.weights import AdapterWeights, CheckpointWeights, tokenizer_content
 from governance.errors import WeightsChangedError
@@ -192,8 +191,23 @@ def changed_files(
         always_hash: also where size and modification time are as recorded.
         algorithms: tensor name → the algorithm that its recorded digest is in.
     """
+    return changed_in([(directory, recorded)], always_hash=always_hash, algorithms=algorithms)[0]
 
-    def finding(record: RecordedFile) -> str | None:
+
+def changed_in(
+    places: Iterable[tuple[Path, Iterable[RecordedFile]]],
+    *,
+    always_hash: bool = False,
+    algorithms: Mapping[str, str] = MappingProxyType({}),
+) -> list[list[str]]:
+    """As `changed_files`, of several directories at once, so that directories of one file each keep all cores busy.
+
+    Returns:
+        What was found in each directory.
+    """
+
+    def finding(followed: tuple[int, Path, RecordedFile]) -> str | None:
+        _, directory, record = followed
         path = directory / record.file
         if not path.is_file():
             return f"{path} is missing"
@@ -204,8 +218,13 @@ def changed_files(
         same = same and _digest_of_file(path, record.digest_algorithm, algorithms) == record.digest
         return None if same else changed_file(directory, record)
 
-    with ThreadPoolExecutor(max_workers=HASHING_THREADS) as pool:
-        return [found for found in pool.map(finding, recorded) if found is not None]
+    given = list(places)
+    followed = [(place, directory, record) for place, (directory, recorded) in enumerate(given) for record in recorded]
+    findings: list[list[str]] = [[] for _ in given]
+    for (place, _, _), found in zip(followed, in_parallel(finding, followed), strict=True):
+        if found is not None:
+            findings[place].append(found)
+    return findings
 
 
 def changed_file(directory: Path, record: RecordedFile) -> str:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from algorithms import digests
+from algorithms import digests, parallel
 from algorithms.checkpoints import Checkpoint, StoredTensor
 from algorithms.digests import (
     digest_file,
@@ -76,6 +76,15 @@ def test_a_file_that_ends_before_its_tensors_is_refused(tmp_path):
     path.write_bytes(bytes(10))
     with pytest.raises(CheckpointError, match="tensor a ends at 11"):
         digest_weight_file(path, [stored("a", 0, 11)])
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_of_several_tensors_that_cannot_be_read_the_first_is_named(tmp_path, monkeypatch, threads):
+    monkeypatch.setattr(parallel, "HASHING_THREADS", threads)
+    (tmp_path / "weights").write_bytes(bytes(10))
+    tensors = [stored("whole", 0, 10), *(StoredTensor(n, "U8", (9,), n, 0, 9 + i) for i, n in enumerate("bca"))]
+    with pytest.raises(CheckpointError, match="/b cannot be read"):
+        digest_tensors(tmp_path, [(tensor, "blake3") for tensor in tensors])
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from algorithms import parallel
 from algorithms.digests import digest_weight_file
+from algorithms.errors import CheckpointError
 from governance import catalogue, lineages
 from governance.catalogue import register_model
 from governance.errors import SpaceError
@@ -155,6 +157,17 @@ def test_a_file_that_changed_is_hashed_again(apart: Trio, tmp_path: Path) -> Non
     after = hash_files(apart.subject, [BLOCKS], (), journal=journal)
     assert after[BLOCKS].sha256 != before[BLOCKS].sha256
     assert after == hash_files(apart.subject, [BLOCKS], ())
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_of_several_files_that_cannot_be_read_the_first_is_named(
+    apart: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(parallel, "HASHING_THREADS", threads)
+    journal = HashJournal.of(tmp_path, apart.subject)
+    with pytest.raises(CheckpointError, match="/b cannot be read"):
+        hash_files(apart.subject, [EMBEDDINGS, "b", "a", BLOCKS], (), journal=journal)
+    assert journal.find(apart.subject / EMBEDDINGS) is not None
 
 
 def test_a_registered_model_leaves_no_journal(workspace: Workspace, apart: Trio) -> None:
