@@ -169,9 +169,12 @@ def finish_change(files: LineageFiles) -> FilesAfter:
         checkpoint = Checkpoint.open(files.working)
         written = write_rows(checkpoint, artifact, change.side)
         back = tensor_changes(checkpoint, artifact, "old" if change.side == "new" else "new", recorded.algorithms)
+        again = tensor_changes(checkpoint, artifact, change.side, recorded.algorithms)
     for tensor, states in back.items():
         if states.after != recorded.tensors[tensor].digest:
             raise _changed(files.working, tensor, "is not what was recorded")
+        if again[tensor].before != again[tensor].after:
+            raise _changed(files.working, tensor, "was not written as intended")
     return _proved(files, written, {tensor: states.before for tensor, states in back.items()})
 
 

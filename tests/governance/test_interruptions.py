@@ -11,10 +11,11 @@ from sqlalchemy import text
 
 from algorithms.checkpoints import Checkpoint
 from cli import main
-from governance import patch_transactions, patching
+from governance import patch_transactions, patching, working_files
 from governance.auditing import verify
 from governance.dry_runs import dry_run
 from governance.errors import InterruptedPatchError, SpaceError, WeightsChangedError
+from governance.patch_artifact import PatchArtifact, Side
 from governance.patching import apply_patch
 from governance.planning import plan_patch
 from governance.recovery import RecoveryAction, recover
@@ -149,6 +150,32 @@ def test_a_revert_that_was_killed_is_finished(pick: Pick, kind: str, operation: 
     scenario.require_sound()
     scenario.revert()
     assert digests(scenario.working) == digests(scenario.trio.subject)
+
+
+def test_rows_that_a_finished_revert_did_not_write_are_not_taken_for_written(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario.apply("animals")
+    new = digests(scenario.working)
+    fault = _fault(scenario, "write", "first", scenario.revert, KeyboardInterrupt())
+    scenario.apply("animals")
+    with struck_by(fault), pytest.raises(KeyboardInterrupt):
+        scenario.revert()
+
+    write = working_files.write_rows
+
+    def lost(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) -> tuple[str, ...]:
+        if side == "new":
+            return write(checkpoint, artifact, side)
+        return tuple({checkpoint.stored(module.tensor).file for module in artifact.modules})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(working_files, "write_rows", lost)
+        with pytest.raises(WeightsChangedError, match="was not written as intended"):
+            recover(scenario.workspace)
+    assert scenario.states() == ["reverted", "applied"], "the patch stays, as its bytes do"
+    assert digests(scenario.working) == new
+    scenario.require_sound()
 
 
 @pytest.mark.parametrize("kind", ["scenario", "lora_scenario"])
