@@ -165,7 +165,8 @@ class _Choosing:
             return candidates
         names = [module.name for module in self.scope]
         wanted = settings.stop_at * self._lost if settings.stops_early and self._lost is not None else None
-        chosen = gaining_directions([self._gains(name) for name in names], wanted)
+        gains = [require_finite_values(self._gains(name), name, "What a direction gains") for name in names]
+        chosen = gaining_directions(gains, wanted)
         return {name: candidates[name][:, mask].contiguous() for name, mask in zip(names, chosen, strict=True)}
 
     def _scored(self, done: int, module: LinearModule) -> ScoredModule:
