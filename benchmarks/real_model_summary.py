@@ -206,9 +206,12 @@ def _last_outcomes(result: Mapping[str, Any]) -> Mapping[str, Outcomes] | None:
     return outcomes
 
 
-def modified_share(run: Mapping[str, Any]) -> float:
-    """Linear parameters that all patches of a run modified, in % of all."""
-    return 100 * sum(stage["patch"]["modified_linear_share"] for stage in run["stages"])
+def modified_share(run: Mapping[str, Any], stages: int | None = None) -> float:
+    """Linear parameters that a run's patches, or the first of them, modified, in % of all.
+
+    Patches that claim directions write the same rows in turn, so for those it is an upper bound.
+    """
+    return 100 * min(1.0, sum(stage["patch"]["modified_linear_share"] for stage in run["stages"][:stages]))
 
 
 def last_recovery(run: Mapping[str, Any], kinds: str) -> dict[str, Any] | None:

@@ -170,10 +170,9 @@ def _continual_table(document: Mapping[str, Any], runs: Sequence[Mapping[str, An
     heads += ["modified so far, %"]
     rows = [["fine-tuned", "", *(_with_interval(subject[name]) for name in DIMENSIONS), "", "", ""]]
     for run in runs:
-        share = 0.0
-        for stage in run["stages"]:
+        for number, stage in enumerate(run["stages"], start=1):
             patch = stage["patch"]
-            share += 100 * patch["modified_linear_share"]
+            share = modified_share(run, number)
             new = f"{patch['neurons_modified']:,} neurons"
             if patch.get("directions"):
                 new = f"{patch['directions']:,} directions"
