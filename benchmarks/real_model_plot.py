@@ -1,6 +1,6 @@
 """The frontier of a real-model benchmark, drawn from its JSON document: recovery against share modified."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,12 @@ _STYLES = {
     "control": ("#767676", "x", "controls"),
 }
 _TITLES = {"seen": "Kinds identified with", "unseen": "Kinds never seen"}
+
+
+_LINE = 0.045
+"""Height of a name, in recovery."""
+_NEAR = 25
+"""Names of points that are less apart than this share, in %, could meet."""
 
 
 class PlotError(NeuronLedgerError):
@@ -58,6 +64,7 @@ def _panel(panel: Any, document: Mapping[str, Any], kinds: str) -> None:
     panel.axhline(0, color="#999999", linewidth=0.8)
     best = set(document["frontier"][kinds])
     corner: list[tuple[float, float]] = []
+    named: list[tuple[float, float, str]] = []
     for family, (colour, marker, label) in _STYLES.items():
         shown = label
         for run in document["runs"]:
@@ -80,20 +87,34 @@ def _panel(panel: Any, document: Mapping[str, Any], kinds: str) -> None:
             )
             shown = "_"
             if main:
-                left = share > 80
-                panel.annotate(
-                    run["name"],
-                    (share, found["value"]),
-                    xytext=(-6 if left else 6, 4),
-                    textcoords="offset points",
-                    fontsize=7,
-                    ha="right" if left else "left",
-                )
+                named.append((share, found["value"], run["name"]))
             if run["name"] in best:
                 corner.append((share, found["value"]))
     if corner:
         xs, ys = zip(*sorted(corner), strict=True)
         panel.step([*xs, 102], [*ys, ys[-1]], where="post", color="#333333", linewidth=1, label="nothing beats")
+    _name(panel, named)
     panel.set_xlim(-2, 103)
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _name(panel: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write names beside points (share, recovery, name), those of near points one below the other."""
+    placed: list[tuple[float, float]] = []
+    for share, value, name in sorted(points, key=lambda point: (-point[1], point[0])):
+        height = value + _LINE / 3
+        for other, line in placed:
+            if abs(share - other) < _NEAR:
+                height = min(height, line - _LINE)
+        placed.append((share, height))
+        left = share > 80
+        panel.annotate(
+            name,
+            (share, height),
+            xytext=(-7 if left else 7, 0),
+            textcoords="offset points",
+            fontsize=7,
+            ha="right" if left else "left",
+            va="center",
+        )
