@@ -501,7 +501,7 @@ def test_a_full_disk_under_an_apply_is_one_line(place: Place) -> None:
     before = digests(place.scenario.working)
     full = Fault(place.scenario.working, "write", 2, OSError(errno.ENOSPC, "No space left on device"))
     with struck_by(full):
-        result = _run(place, ["patch", "apply", "line", "animals"])
+        result = _run(place, ["patch", "apply", "line", "animals", "--set", "stop_at=0"])
     _require_one_line(result, 2, "No space left on device", "free space")
     assert digests(place.scenario.working) == before
     assert place.scenario.states() == ["rejected"]
