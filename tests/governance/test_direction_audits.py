@@ -161,7 +161,7 @@ def test_protecting_directions_from_the_command_line(scenario: Scenario) -> None
     told: dict[str, Any] = json.loads(applied.output)
     assert (told["directions"], told["neurons_modified"]) == (28, 0)
     assert "28 input directions protected" in run(scenario, "patch", "show", "line", "1").output
-    again = run(scenario, "patch", "apply", "line", "animals", "--set", "budget=0.1")
+    again = run(scenario, "patch", "apply", "line", "animals", "--set", "budget=0.1", "--set", "stop_at=0")
     assert again.exit_code == 0, again.output
     refused = run(scenario, "patch", "revert", "line", "1")
     assert refused.exit_code == 2
