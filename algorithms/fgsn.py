@@ -132,7 +132,6 @@ class _Choosing:
         chosen_parameters = sum(
             len(found.selected) * module.in_features for found, module in zip(modules, self.scope, strict=True)
         )
-        losses = {role: found.loss for role, found in self.attributed.items()}
         return Identification(
             settings=settings,
             layer_scores=layers,
@@ -144,15 +143,18 @@ class _Choosing:
             benign_tokens=self.sides[1].tokens,
             overlap=selection.overlap,
             rank_correlation=selection.rank_correlation,
-            aligned_loss=losses.get("aligned"),
-            head_loss=losses.get("head"),
+            aligned_loss=self._losses.get("aligned"),
+            head_loss=self._losses.get("head"),
         )
+
+    @property
+    def _losses(self) -> Mapping[ModelRole, float]:
+        return {role: found.loss for role, found in self.attributed.items()}
 
     @property
     def _lost(self) -> float | None:
         """How much more the answers' loss is in the head than in the aligned model, where it is known in both."""
-        losses = {role: found.loss for role, found in self.attributed.items()}
-        return losses["head"] - losses["aligned"] if len(losses) == 2 else None
+        return self._losses["head"] - self._losses["aligned"] if len(self._losses) == 2 else None
 
     def _gains(self, module: str) -> Tensor:
         """The mean over the models of what the module's parts gain."""

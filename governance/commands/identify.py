@@ -74,7 +74,7 @@ def describe(summary: "IdentificationSummary") -> None:
             f"Loss of the safe answers: {summary.head_loss:.3f} in the head, {summary.aligned_loss:.3f} in the aligned "
             "model."
         )
-        if summary.head_loss <= summary.aligned_loss and not summary.neurons_selected:
+        if summary.head_loss <= summary.aligned_loss and not (summary.neurons_selected or summary.directions):
             click.echo("There is nothing to take back; with stop_at = 0 the budget is used up all the same.")
     if summary.unreached:
         click.echo(f"{len(summary.unreached):,} modules in scope cannot be changed, first {summary.unreached[0]}.")

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from algorithms.statistics import StatisticsCollector, WantedStatistics, run_pro
 from algorithms.transplants import FactorEditor, TransplantEditor, transplanted_factors
 from algorithms.weights import AdapterWeights, LoraFactors, WeightSource, open_weights
 from tests.algorithms.fakes import full, lora, low_rank, noise
+from tests.algorithms.lineages import Lineage
 from tests.tiny_models import quiet, save_adapter, save_model, save_variant
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -142,19 +142,6 @@ def test_a_factor_region_claims_every_neuron(golden_found) -> None:
         assert not len(part.already_protected)
 
 
-@dataclass(frozen=True)
-class Lineage:
-    """Directories of subject, aligned model and base; `under` is the checkpoint below adapters."""
-
-    subject: Path
-    aligned: Path
-    base: Path
-    under: Path | None = None
-
-    def sources(self) -> tuple[WeightSource, WeightSource, WeightSource]:
-        return open_weights(self.subject, self.under), open_weights(self.aligned, self.under), open_weights(self.base)
-
-
 @pytest.fixture(scope="module")
 def full_lineage(tmp_path_factory: pytest.TempPathFactory) -> Lineage:
     home = tmp_path_factory.mktemp("full")
@@ -172,7 +159,7 @@ def adapter_lineage(tmp_path_factory: pytest.TempPathFactory) -> Lineage:
     tensors = load_file(subject / "adapter_model.safetensors")
     drift = {name: tensor + noise(*tensor.shape, seed=6, scale=0.05) for name, tensor in tensors.items()}
     save_file(drift, subject / "adapter_model.safetensors", metadata={"format": "pt"})
-    return Lineage(subject, aligned, base, under=base)
+    return Lineage(subject, aligned, base, under=base, aligned_under=base)
 
 
 class Loader:
@@ -202,7 +189,7 @@ def safe_pairs() -> list[CalibrationItem]:
 
 
 def run(lineage: Lineage, chosen: NlsrSettings, home: Path, **more: Any) -> tuple[NlsrIdentification, Loader]:
-    subject, aligned, base = lineage.sources()
+    (subject, aligned), base = lineage.sources(), open_weights(lineage.base)
     reference = reference_weights(aligned, base, chosen)
     loader = Loader(lineage, chosen, home)
     head = more.pop("head", subject)
@@ -229,7 +216,7 @@ def test_neurons_are_scored_by_the_norm_of_the_reduced_update(kind, full_lineage
     found, loader = run(lineage, chosen, tmp_path)
     assert loader.asked == ["reference"]
     assert found.counted_tokens == sum(sum(item.mask) for item in safe_pairs())
-    subject, aligned, base = lineage.sources()
+    (subject, aligned), base = lineage.sources(), open_weights(lineage.base)
     reference = reference_weights(aligned, base, chosen)
     model = Loader(lineage, chosen, tmp_path / "again")("reference")
     assert {part.module.rsplit(".", 1)[1] for part in found.modules} >= {"q_proj", "v_proj", "down_proj"}
@@ -364,7 +351,7 @@ def test_what_cannot_be_run_is_refused(full_lineage, adapter_lineage, tmp_path) 
         run(full_lineage, NlsrSettings(form="factor"), tmp_path)
     with pytest.raises(SettingsError, match="gram_memory_gib"):
         run(full_lineage, NlsrSettings(gram_memory_gib=1e-9), tmp_path)
-    subject, aligned, base = adapter_lineage.sources()
+    (subject, aligned), base = adapter_lineage.sources(), open_weights(adapter_lineage.base)
     with pytest.raises(CalibrationError, match="No calibration token"):
         identify(
             subject,
