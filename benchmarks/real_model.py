@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from real_model_commands import Commands, RefusedError, Results
+from real_model_entries import SEED, put_entries_back
 from real_model_judge_training import judge_home, trained_judge
 from real_model_models import BenchmarkModels, add_attack_options, attack_of, make_models
 from real_model_outcomes import Measured, Measuring
@@ -153,7 +154,7 @@ def run_all(
     for model in REFERENCES:
         results.once(reference_name(model), lambda model=model: measure("references", model), tell)
     for run in runs:
-        results.once(run.name, lambda run=run: _patched(commands, measure, run, place), tell)
+        results.once(run.name, lambda run=run: _run(commands, measure, models, run, place), tell)
     for beta in sorted({beta for beta in BETAS if beta}) if any(run.part == "nlsr" for run in runs) else ():
         name = f"reference beta {beta:g}"
         results.once(name, lambda beta=beta: _extrapolated(commands, measure, beta, place), tell)
@@ -234,6 +235,12 @@ def measured_prompts(prompts: Path, judge: str) -> Measured:
     )
 
 
+def _run(commands: Commands, measure: Measuring, models: BenchmarkModels, run: Run, place: Path) -> dict[str, Any]:
+    if run.entries is None:
+        return _patched(commands, measure, run, place)
+    return _with_entries(commands, measure, models, run.entries, place)
+
+
 def _patched(commands: Commands, measure: Measuring, run: Run, place: Path) -> dict[str, Any]:
     """Patch the dimensions in order; a lineage that an interrupted run left is put aside under another name."""
     lineage = run.name
@@ -254,6 +261,26 @@ def _patched(commands: Commands, measure: Measuring, run: Run, place: Path) -> d
         stages.append({"dimension": name, "patch": patch, **figures})
     verified = commands("audit", "verify", "--weights", "--lineage", lineage)
     return {"stages": stages, "verified": verified["verified"]}
+
+
+def _with_entries(
+    commands: Commands, measure: Measuring, models: BenchmarkModels, share: float, place: Path
+) -> dict[str, Any]:
+    """Measure the checkpoint with single entries put back; its result looks like that of a run of one patch."""
+    name = f"entries-{share:g}"
+    directory = place / "references" / name
+    put_back = put_entries_back(models, share, directory)
+    registered = {model["name"]: model for model in commands("model", "list")}
+    model = registered.get(name) or commands("model", "register", name, directory, "--role", "reference")
+    patch = {
+        "checkpoint": name,
+        "settings": {"entries": share, "seed": SEED},
+        "parameters_modified": put_back,
+        "modified_share": put_back / model["parameters"],
+        "modified_linear_share": put_back / model["linear_parameters"],
+        "digest_after": model["state_digest"],
+    }
+    return {"stages": [{"dimension": None, "patch": patch, **measure("references", name)}]}
 
 
 def _extrapolated(commands: Commands, measure: Measuring, beta: float, place: Path) -> dict[str, Any]:

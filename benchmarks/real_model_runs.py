@@ -6,7 +6,8 @@ SafeLoRA, by a paired test:
     Run("mine", settings(preset="mine"), "ours", "main", ("mine-random",), every_stage=True, quick=True),
     Run("mine-random", settings("score=random", preset="mine"), "control", "main"),
 
-A preset that claims directions has random ones (`basis=random`) as its control instead.
+A preset that claims directions has random ones (`basis=random`) as its control instead. A run with `entries` is a
+checkpoint (`real_model_entries.py`) instead of patches.
 """
 
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,7 @@ class Run:
         dimensions: patched in this order.
         every_stage: whether it is measured after every patch, or after the last one only.
         quick: whether `--quick` runs it.
+        entries: share of the linear modules' single entries to put back at random; None for a run of patches.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Run:
     dimensions: tuple[str, ...] = DIMENSIONS
     every_stage: bool = False
     quick: bool = False
+    entries: float | None = None
 
 
 def settings(*assignments: str, preset: str = "default", method: str = "fgsn") -> tuple[str, ...]:
@@ -82,7 +85,15 @@ MAIN = (
     ),
     Run("fgsn-paper", settings(preset="fgsn-paper"), "published", "main", ("fgsn-paper-random",), every_stage=True),
     Run("fgsn-paper-random", settings("score=random", preset="fgsn-paper"), "control", "main"),
-    Run("sparse", settings(preset="sparse"), "ours", "main", ("sparse-random",), every_stage=True, quick=True),
+    Run(
+        "sparse",
+        settings(preset="sparse"),
+        "ours",
+        "main",
+        ("sparse-random", "entries-random"),
+        every_stage=True,
+        quick=True,
+    ),
     # The same ranking, but each patch takes rows until its budget is used up.
     Run("sparse-whole-budget", settings("stop_at=0", preset="sparse"), "ours", "main", ("sparse-random",)),
     # One draw of at least as many rows as three dimensions of `sparse` come to.
@@ -94,6 +105,8 @@ MAIN = (
         dimensions=DIMENSIONS[:1],
         quick=True,
     ),
+    # As large a share of all entries, each drawn by itself; no rows, so no patches.
+    Run("entries-random", (), "control", "main", dimensions=(), entries=0.15),
     Run(
         "strong",
         settings(preset="strong"),

@@ -2,6 +2,7 @@
 
 Every measured model is judged: the references and each measured stage of each run. What is known of a model is its
 state digest, which its answers are stored under: of a stage the digest after its patch, of a reference the registry's.
+A run that is a checkpoint instead of patches has one stage, with that checkpoint's digest and registered name.
 Nothing is generated, and the registry of the run is only read. Outcomes are kept in `second-judge.json` beside the
 results, verdicts beside the answers, so a second run judges what is new only.
 """
@@ -38,8 +39,8 @@ class MeasuredModel:
     Attributes:
         name: among the second judge's outcomes.
         result: what was measured, with the first judge's outcomes.
-        state_digest: of a patched model; None of a reference, whose registered name `model` is.
-        model: registered name of a reference; the subject for a patched model.
+        state_digest: of a patched model or of a run's checkpoint; None of a reference.
+        model: registered name of a reference or checkpoint; the subject for a patched model.
     """
 
     name: str
@@ -58,7 +59,10 @@ def measured_models(content: Mapping[str, Any]) -> Iterator[MeasuredModel]:
             yield MeasuredModel(name, result, None, model)
         for number, stage in enumerate(result.get("stages", [])):
             if stage["figures"] is not None:
-                yield MeasuredModel(stage_name(name, number), stage, stage["patch"]["digest_after"])
+                patch = stage["patch"]
+                yield MeasuredModel(
+                    stage_name(name, number), stage, patch["digest_after"], patch.get("checkpoint", "subject")
+                )
 
 
 def stage_name(run: str, number: int) -> str:

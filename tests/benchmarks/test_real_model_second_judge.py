@@ -28,10 +28,11 @@ RUNS = (
     Run("safelora", settings("operation=project", "score=random", "budget=1", "prompts=4"), "baseline", "main"),
     Run("sparse", settings(*SMALL), "ours", "main", ("sparse-random",), DIMENSIONS[:2], every_stage=True),
     Run("sparse-random", settings("score=random", *SMALL), "control", "main", (), DIMENSIONS[:1]),
+    Run("entries-random", (), "control", "main", dimensions=(), entries=0.15),
 )
 MEASURED = (
     *("reference aligned", "reference subject", "safelora stage 3"),
-    *("sparse stage 1", "sparse stage 2", "sparse-random stage 1"),
+    *("sparse stage 1", "sparse stage 2", "sparse-random stage 1", "entries-random stage 1"),
 )
 
 
@@ -281,4 +282,4 @@ def test_the_command_judges_results_that_are_there_and_runs_nothing(
     assert "By the trained judge" in capsys.readouterr().out
 
     written = json.loads((tmp_path / "out" / f"real_model_{Attack()}.json").read_text(encoding="utf-8"))
-    assert [run["name"] for run in written["second_judge"]["runs"]] == ["safelora", "sparse", "sparse-random"]
+    assert [run["name"] for run in written["second_judge"]["runs"]] == [run.name for run in RUNS]
