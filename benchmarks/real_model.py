@@ -270,8 +270,7 @@ def _with_entries(
     name = f"entries-{share:g}"
     directory = place / "references" / name
     put_back = put_entries_back(models, share, directory)
-    registered = {model["name"]: model for model in commands("model", "list")}
-    model = registered.get(name) or commands("model", "register", name, directory, "--role", "reference")
+    model = _registered(commands).get(name) or commands("model", "register", name, directory, "--role", "reference")
     patch = {
         "checkpoint": name,
         "settings": {"entries": share, "seed": SEED},
@@ -285,9 +284,16 @@ def _with_entries(
 
 def _extrapolated(commands: Commands, measure: Measuring, beta: float, place: Path) -> dict[str, Any]:
     name = f"extrapolated-{beta:g}"
-    if not (place / "references" / name).exists():
+    if name not in _registered(commands):
+        # What a run that was stopped wrote and didn't register.
+        shutil.rmtree(place / "references" / name, ignore_errors=True)
         commands("reference", "build", name, "--aligned", "aligned", "--base", "base", "--beta", beta)
     return measure("references", name)
+
+
+def _registered(commands: Commands) -> dict[str, dict[str, Any]]:
+    """The registered models by name."""
+    return {model["name"]: model for model in commands("model", "list")}
 
 
 def _create_lineage(commands: Commands, name: str) -> None:

@@ -8,7 +8,7 @@ import real_model
 import torch
 from real_model_commands import Results
 from real_model_models import Attack, BenchmarkModels
-from real_model_runs import DIMENSIONS, Run, settings
+from real_model_runs import BETAS, DIMENSIONS, Run, settings
 from real_model_summary import UNSEEN, document
 from real_model_tables import page
 
@@ -93,6 +93,14 @@ def test_a_stop_while_registering_starts_anew(models: BenchmarkModels, place: Pa
     _, results = run(models, place, ())
 
     assert set(results.content) == {"registered", "reference aligned", "reference subject"}
+
+
+def test_a_reference_that_was_written_and_not_registered_is_built_anew(models: BenchmarkModels, place: Path) -> None:
+    nlsr = Run("nlsr", settings("operation=project", "score=random", "prompts=4"), "published", "nlsr", (), TWO[:1])
+    run(models, place, ())
+    (place / "references" / "extrapolated-0.5").mkdir(parents=True)
+    _, results = run(models, place, (nlsr,))
+    assert {f"reference beta {beta:g}" for beta in BETAS if beta} <= results.content.keys()
 
 
 def test_a_refused_patch_is_a_result(models: BenchmarkModels, place: Path) -> None:
