@@ -147,7 +147,7 @@ class RowEditor:
 
     def _projection(self) -> ProjectedMatrix | None:
         settings = self._settings
-        if settings.operation not in {"project", "complement"} or settings.strength == 0:
+        if not settings.projects:
             return None
         V = Difference(self._aligned, self._base, self.module.name)
         C = SafetyProjection(V, settings.normalization, settings.energy)

@@ -258,6 +258,11 @@ class FgsnSettings(BaseModel):
         return self.protect == "directions"
 
     @property
+    def projects(self) -> bool:
+        """Whether new rows are computed from whole modules, through C, instead of from the selected rows alone."""
+        return self.operation in {"project", "complement"} and self.strength != 0
+
+    @property
     def ranked_by(self) -> Score | None:
         """The score that neurons are ranked by; None where directions are claimed and no neuron is chosen."""
         return None if self.protects_directions else self.score

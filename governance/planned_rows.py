@@ -5,15 +5,18 @@ claim directions of a module they have written rows of it that nobody claims, so
 and whatever is computed leaves the action on the claimed directions as it is (`algorithms.kept_directions`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from algorithms.editors import Editor, EditSources, Selection
 from algorithms.kept_directions import KeepingEditor, RebasedEditor
+from algorithms.parallel import in_parallel
+from algorithms.settings import FgsnSettings
 from algorithms.weights import AdapterWeights
 from governance.adapter_files import with_extension
 from governance.lineage_state import LineageState
@@ -21,6 +24,9 @@ from governance.patch_artifact import ArtifactModule, ArtifactWriter, PatchArtif
 from governance.row_figures import ModuleOutcome, RowFigures
 from governance.tensor_file import DTYPES
 from governance.weight_state import checkpoint_of
+
+ROW_THREADS = 4
+"""Of how many modules rows are computed at once, at most: each takes about 16 MiB, and the directions of its module."""
 
 
 @contextmanager
@@ -68,8 +74,36 @@ class PlannedRows:
             return replace(module, extension=gained, held=editor.held, blocks=blocks)
         return replace(module, extension=gained)
 
-    def write(self, writer: ArtifactWriter, module: ArtifactModule, rows: Tensor) -> ModuleOutcome:
-        """Compute a module's rows into the artifact."""
+    def write_all(
+        self, writer: ArtifactWriter, modules: Sequence[ArtifactModule], rows: Mapping[str, Tensor]
+    ) -> Iterator[ModuleOutcome]:
+        """Compute the rows of all modules into the artifact, several modules at a time.
+
+        Args:
+            writer: of the artifact; each module has its own place there.
+            modules: what `described` returned.
+            rows: for each module its rows.
+
+        Yields:
+            What the rows of each module came to, in order.
+
+        Raises:
+            NonFiniteError: a row cannot be computed.
+            OSError: the artifact cannot be written.
+        """
+
+        def write(module: ArtifactModule) -> ModuleOutcome:
+            return self._write(writer, module, rows[module.name])
+
+        settings = self.selection.settings
+        if isinstance(settings, FgsnSettings) and settings.projects:
+            # Each would hold blocks of a whole module, and torch multiplies those on all cores anyway.
+            yield from map(write, modules)
+            return
+        with _torch_on_one_core():
+            yield from in_parallel(write, modules, lambda module: module.rows * module.in_features, most=ROW_THREADS)
+
+    def _write(self, writer: ArtifactWriter, module: ArtifactModule, rows: Tensor) -> ModuleOutcome:
         dtype, position = DTYPES[module.dtype], 0
         editor, figures = self._editor(module.name, rows), RowFigures(module.name)
         claimed = self.selection.directions(module.name)
@@ -98,6 +132,17 @@ class PlannedRows:
             return kept
         A = lineage.subject.adapter.factors(name)[0]
         return RebasedEditor(kept, A, _appended_blocks(A, name, self.applied))
+
+
+@contextmanager
+def _torch_on_one_core() -> Iterator[None]:
+    """Let torch compute on one core inside, where many of its operations run side by side and each is small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def artifact_module(lineage: LineageState, name: str, rows: int) -> ArtifactModule:

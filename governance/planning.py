@@ -250,11 +250,11 @@ def _computed(workspace: Workspace, plan: PatchPlan, path: Path) -> tuple[Module
             settings_digest=plan.settings_digest,
             modules=tuple(planned.described(name, chosen) for name, chosen in rows.items()),
         )
-        outcomes = []
         with ArtifactWriter(path, header) as writer:
-            for done, module in enumerate(header.modules):
-                workspace.progress("computing rows", done, len(rows))
-                outcomes.append(planned.write(writer, module, rows[module.name]))
+            outcomes: list[ModuleOutcome] = []
+            for outcome in planned.write_all(writer, header.modules, rows):
+                workspace.progress("computing rows", len(outcomes), len(rows))
+                outcomes.append(outcome)
         workspace.progress("computing rows", len(rows), len(rows))
     return tuple(outcomes)
 

@@ -80,7 +80,7 @@ def test_a_file_that_ends_before_its_tensors_is_refused(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 8])
 def test_of_several_tensors_that_cannot_be_read_the_first_is_named(tmp_path, monkeypatch, threads):
-    monkeypatch.setattr(parallel, "HASHING_THREADS", threads)
+    monkeypatch.setattr(parallel, "THREADS", threads)
     (tmp_path / "weights").write_bytes(bytes(10))
     tensors = [stored("whole", 0, 10), *(StoredTensor(n, "U8", (9,), n, 0, 9 + i) for i, n in enumerate("bca"))]
     with pytest.raises(CheckpointError, match="/b cannot be read"):

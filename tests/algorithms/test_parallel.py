@@ -15,14 +15,14 @@ from algorithms.parallel import in_parallel, usable_cores
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parts=st.lists(st.integers(0, 9), max_size=20), threads=st.integers(1, 8), sized=st.booleans())
 def test_results_stand_in_the_order_of_the_parts(monkeypatch, parts, threads, sized):
-    monkeypatch.setattr(parallel, "HASHING_THREADS", threads)
+    monkeypatch.setattr(parallel, "THREADS", threads)
     size = (lambda part: part) if sized else None
     assert list(in_parallel(lambda part: -part, parts, size)) == [-part for part in parts]
 
 
 @pytest.mark.parametrize("size", [None, lambda part: part], ids=["in order", "largest first"])
 def test_the_first_parts_error_is_raised_though_another_failed_before(monkeypatch, size):
-    monkeypatch.setattr(parallel, "HASHING_THREADS", 2)
+    monkeypatch.setattr(parallel, "THREADS", 2)
     other_failed = Event()
 
     def work(part: int) -> int:
@@ -37,7 +37,7 @@ def test_the_first_parts_error_is_raised_though_another_failed_before(monkeypatc
 
 
 def test_results_before_an_error_are_given_and_parts_that_had_not_begun_are_left(monkeypatch):
-    monkeypatch.setattr(parallel, "HASHING_THREADS", 2)
+    monkeypatch.setattr(parallel, "THREADS", 2)
     begun: list[int] = []
 
     def work(part: int) -> int:
@@ -55,14 +55,14 @@ def test_results_before_an_error_are_given_and_parts_that_had_not_begun_are_left
 
 
 def test_the_largest_part_is_begun_first(monkeypatch):
-    monkeypatch.setattr(parallel, "HASHING_THREADS", 1)
+    monkeypatch.setattr(parallel, "THREADS", 1)
     begun: list[int] = []
     assert list(in_parallel(begun.append, [2, 5, 3], lambda part: part)) == [None, None, None]
     assert begun == [5, 3, 2]
 
 
 def test_as_many_parts_are_at_work_as_there_are_threads_and_no_more(monkeypatch):
-    monkeypatch.setattr(parallel, "HASHING_THREADS", 3)
+    monkeypatch.setattr(parallel, "THREADS", 3)
     lock, working, most = Lock(), 0, 0
 
     def work(_: int) -> None:

@@ -31,7 +31,7 @@ def test_digests_of_a_change_do_not_depend_on_threads_or_blocks(
         expected = {name: TensorChange(name, _digest(head, name), _digest(subject, name)) for name in names}
         for threads in THREADS:
             for block_bytes in (100, 2**20):
-                monkeypatch.setattr(parallel, "HASHING_THREADS", threads)
+                monkeypatch.setattr(parallel, "THREADS", threads)
                 monkeypatch.setattr(row_files, "BLOCK_BYTES", block_bytes)
                 assert tensor_changes(head, artifact, "old", {}) == expected
 
@@ -41,7 +41,7 @@ def test_of_several_tensors_that_somebody_changed_the_first_is_named(
     scenario: Scenario, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     """Also where a later one is larger, so that it is hashed before."""
-    monkeypatch.setattr(parallel, "HASHING_THREADS", threads)
+    monkeypatch.setattr(parallel, "THREADS", threads)
     scenario.apply("animals", budget=0.5)
     checkpoint = Checkpoint.open(scenario.working)
     with open_artifact(scenario.artifact(1)) as artifact:

@@ -163,7 +163,7 @@ def test_a_file_that_changed_is_hashed_again(apart: Trio, tmp_path: Path) -> Non
 def test_of_several_files_that_cannot_be_read_the_first_is_named(
     apart: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    monkeypatch.setattr(parallel, "HASHING_THREADS", threads)
+    monkeypatch.setattr(parallel, "THREADS", threads)
     journal = HashJournal.of(tmp_path, apart.subject)
     with pytest.raises(CheckpointError, match="/b cannot be read"):
         hash_files(apart.subject, [EMBEDDINGS, "b", "a", BLOCKS], (), journal=journal)

@@ -1,0 +1,95 @@
+"""The rows of a planned patch are the same bytes, however many threads compute them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from algorithms import parallel
+from algorithms.errors import NonFiniteError
+from algorithms.operations import RowEdit, RowEditor
+from governance.planning import PatchPlan, prepared
+from governance.row_figures import ModuleOutcome
+from tests.governance.conftest import Scenarios, Trios
+from tests.governance.scenarios import Scenario, Trio
+
+FORMS: Mapping[str, Callable[[Trios, Trios], Trio]] = {
+    "shards": lambda full, _: full(shard_size="6KB"),
+    "stored transposed": lambda full, _: full(family="gpt2"),
+    "lora": lambda _, adapters: adapters(on_aligned=False),
+}
+EDITS: Mapping[str, dict[str, Any]] = {
+    "restore": {"budget": 0.3},
+    "subspace": {"budget": 0.3, "operation": "subspace"},
+    "project": {"budget": 0.3, "operation": "project"},
+}
+
+
+def computed(scenario: Scenario, plan: PatchPlan) -> tuple[bytes, tuple[ModuleOutcome, ...]]:
+    """The artifact of a plan, and what its rows came to."""
+    with prepared(scenario.workspace, plan) as ready:
+        return ready.artifact.read_bytes(), ready.outcomes
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("settings", EDITS.values(), ids=EDITS)
+def test_rows_do_not_depend_on_threads(
+    trios: Trios,
+    adapter_trios: Trios,
+    scenarios: Scenarios,
+    monkeypatch: pytest.MonkeyPatch,
+    form: Callable[[Trios, Trios], Trio],
+    settings: Mapping[str, Any],
+) -> None:
+    scenario = scenarios(form(trios, adapter_trios))
+    plan = scenario.plan("animals", **settings)
+    found = []
+    for threads in (1, 2, 8):
+        monkeypatch.setattr(parallel, "THREADS", threads)
+        found.append(computed(scenario, plan))
+    assert found[0] == found[1] == found[2]
+    assert len(plan.touched) > 1
+    assert [outcome.module for outcome in found[0][1]] == [module.module for module in plan.touched]
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_of_several_modules_whose_rows_cannot_be_computed_the_first_is_named(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    plan = scenario.plan("animals", budget=0.3)
+    second, later = (module.module for module in plan.touched[1:3])
+    monkeypatch.setattr(parallel, "THREADS", threads)
+    edits = RowEditor.edits
+
+    def damaged(editor: RowEditor) -> Iterator[RowEdit]:
+        if editor.module.name in {second, later}:
+            raise NonFiniteError(f"The computed edit of {editor.module.name} holds NaN", "Check the checkpoint")
+        yield from edits(editor)
+
+    monkeypatch.setattr(RowEditor, "edits", damaged)
+    with pytest.raises(NonFiniteError, match=f"of {second} holds"), prepared(scenario.workspace, plan):
+        pass
+    assert scenario.workspace.store.leftovers() == ()
+
+
+def test_torch_computes_on_one_core_beside_others_and_on_all_again_afterwards(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = scenario.plan("animals", budget=0.3)
+    seen: list[int] = []
+    edits = RowEditor.edits
+
+    def noted(editor: RowEditor) -> Iterator[RowEdit]:
+        seen.append(torch.get_num_threads())
+        yield from edits(editor)
+
+    monkeypatch.setattr(RowEditor, "edits", noted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        computed(scenario, plan)
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
