@@ -11,10 +11,10 @@ harmful kinds that nothing was calibrated with, SST-2 accuracy, over-refusal, an
 prompts. A patch that is refused is a result.
 
 Figures come from `neuronledger evaluate --json`. Finished lineages are kept in the cache: a run that was stopped goes
-on with the next one, and generates no answer twice. With `--output` it writes `real_model_SUBJECT.json` and `.md`, with
-`--images` the frontier as SVG; `--report-only` writes them from what is there. No prompt and no answer is printed or
-stands in these files. `--second-judge` has the answers that are stored read by a trained judge too, with
-`--report-only` those of results that are there; nothing is generated for it.
+on with the next one, and generates no answer twice. With `--output` it writes `real_model_SUBJECT.json` and `.md` (of
+other parts alone `real_model_SUBJECT_PART`), with `--images` the frontier as SVG; `--report-only` writes them from what
+is there. No prompt and no answer is printed or stands in these files. `--second-judge` has the answers that are stored
+read by a trained judge too, with `--report-only` those of results that are there; nothing is generated for it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from real_model_judge_training import judge_home, trained_judge
 from real_model_models import BenchmarkModels, add_attack_options, attack_of, make_models
 from real_model_outcomes import Measured, Measuring
 from real_model_plot import draw_frontier
-from real_model_runs import BETAS, DIMENSIONS, PARTS, Run, chosen
+from real_model_runs import BETAS, DIMENSIONS, PARTS, Part, Run, chosen
 from real_model_second_judge import judge_stored, second_results
 from real_model_second_report import second_opinion
 from real_model_summary import REFERENCES, UNSEEN, document, reference_name
@@ -303,13 +303,18 @@ def _create_lineage(commands: Commands, name: str) -> None:
 def _write(options: argparse.Namespace, subject: str, found: dict[str, Any]) -> None:
     text = page(found)
     print(text)
-    name = f"real_model_{subject}{'_quick' if options.quick else ''}"
+    name = f"real_model_{subject}{'_quick' if options.quick else ''}{_parts_suffix(options.part)}"
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / f"{name}.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (options.output / f"{name}.md").write_text(text, encoding="utf-8")
     if options.images:
         draw_frontier(found, options.images / f"{name}_frontier.svg")
+
+
+def _parts_suffix(parts: Sequence[Part] | None) -> str:
+    """What tells a report of other parts alone from the main one, whose prompts may be others."""
+    return "" if not parts or "main" in parts else "".join(f"_{part}" for part in PARTS if part in parts)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from registry.schema import Base
 
-CHUNK = 20_000
+CHUNK = 2_000
 
 
 def insert_rows(session: Session, table: type[Base], rows: Iterable[Mapping[str, Any]]) -> int:

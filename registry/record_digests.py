@@ -70,7 +70,7 @@ from registry.schema import (
 
 Record = Model | SafetyDimension | PromptSet | Lineage | Identification | Patch | Evaluation | TrainedJudge | Policy
 
-_CHUNK = 10_000
+_CHUNK = 2_000
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=repr).encode
 
 

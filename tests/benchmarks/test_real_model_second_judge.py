@@ -283,3 +283,6 @@ def test_the_command_judges_results_that_are_there_and_runs_nothing(
 
     written = json.loads((tmp_path / "out" / f"real_model_{Attack()}.json").read_text(encoding="utf-8"))
     assert [run["name"] for run in written["second_judge"]["runs"]] == [run.name for run in RUNS]
+
+    assert real_model.main([*options, "--part", "nlsr", "--part", "grid", "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / f"real_model_{Attack()}_grid_nlsr.md").exists()
