@@ -23,8 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from algorithms.calibration import Batch, CalibrationItem, batches
 from algorithms.differences import Difference
 from algorithms.errors import CalibrationError, NonFiniteError, SettingsError, UnsupportedModelError
-from algorithms.loading import linear_module, unwrapped
-from algorithms.statistics import GIB, input_device
+from algorithms.loading import input_device, linear_module, unwrapped
+from algorithms.statistics import GIB
 
 Gains = Callable[[Tensor, Tensor], Tensor]
 """What a module's n parts gain, (n,), from its inputs (tokens, in) and the gradient at its outputs (tokens, out)."""
@@ -104,13 +104,18 @@ def attribution(
     Raises:
         CalibrationError: no answer token is counted.
         NonFiniteError: the loss is NaN or infinite.
-        UnsupportedModelError: a module's output does not take part in the loss.
+        UnsupportedModelError: a module's output does not take part in the loss, or a part of the model is offloaded.
     """
     labelled = labelled_tokens(items)
     if not labelled:
         raise CalibrationError(
             "No answer token is counted, so there is no answer to attribute",
             "Register the prompts with answers, or let tokens hold answer",
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "A part of the model lies outside the memory that it runs in, where no loss can be differentiated",
+            "Place the whole model on devices, or choose a score that takes a forward pass alone, such as damage",
         )
     collector = _Collector(parts)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -176,7 +181,7 @@ class _Collector:
 
 def _loss(model: nn.Module, batch: Batch, items: Sequence[CalibrationItem]) -> Tensor:
     """Σ −log p over the labelled tokens of a batch."""
-    device = input_device(unwrapped(model))
+    device = input_device(model)
     ids = batch.input_ids.to(device)
     labelled = torch.zeros_like(batch.count_mask)
     for row, item in enumerate(items):

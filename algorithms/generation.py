@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from algorithms.calibration import padding_id, render_prompt
 from algorithms.errors import CalibrationError
+from algorithms.loading import input_device
 
 TOKEN_BUDGET = 8192
 """Tokens, padding and answers included, that go through a model together when no batch size is given."""
@@ -206,7 +207,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _run(model: Any, batch: _Batch, configuration: Any) -> Any:
-    device = next(model.parameters()).device
+    device = input_device(model)
     with torch.inference_mode():
         return model.generate(
             input_ids=batch.input_ids.to(device),

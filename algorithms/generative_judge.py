@@ -17,7 +17,7 @@ from algorithms.errors import SettingsError
 from algorithms.generation import log_probabilities_after
 from algorithms.judge_settings import GenerativeSettings, fill
 from algorithms.judges import Verdict
-from algorithms.loading import load_model
+from algorithms.loading import DeviceMap, load_model
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class GenerativeJudge:
         path: directory of the checkpoint; only safetensors files are read, none of its code runs.
         settings: how it reads and decides.
         name, version, digest: as `Judge`; the digest has to stand for the checkpoint and the settings.
+        device_map: where it runs, as `load_model` takes it; None: the CPU.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class GenerativeJudge:
     name: str
     version: str
     digest: str
+    device_map: DeviceMap = None
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[Verdict, ...]:
         """Judge every answer to its prompt.
@@ -91,7 +93,7 @@ class GenerativeJudge:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        model, tokenizer = load_model(self.path)
+        model, tokenizer = load_model(self.path, device_map=self.device_map)
         padding_id(tokenizer)
         if self.settings.template is None and not getattr(tokenizer, "chat_template", None):
             raise SettingsError(

@@ -8,9 +8,12 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from algorithms.errors import AdapterError, CheckpointError, UnsupportedModelError
+
+DeviceMap = str | dict[str, str | int] | None
+"""Where accelerate places a model: a strategy such as `auto`, a device, or module name → device; None: the CPU."""
 
 
 def load_model(
@@ -18,7 +21,7 @@ def load_model(
     base: Path | None = None,
     *,
     dtype: torch.dtype | None = torch.float32,
-    device_map: str | dict[str, Any] | None = None,
+    device_map: DeviceMap = None,
 ) -> tuple[nn.Module, Any]:
     """Load a checkpoint, or a PEFT adapter on its base checkpoint, for inference.
 
@@ -28,7 +31,7 @@ def load_model(
         path: a checkpoint directory; with `base`, the adapter's directory.
         base: the checkpoint that the adapter at `path` belongs to.
         dtype: what the weights are converted to; None keeps the stored type.
-        device_map: given to accelerate, to place a model over devices and disk.
+        device_map: over which devices and disk it is placed.
 
     Returns:
         The model in evaluation mode without gradients, and its tokenizer (the adapter's own where it has one).
@@ -118,6 +121,13 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go: beside the embeddings. Weights that accelerate keeps on disk are on no device yet."""
+    embeddings: nn.Module = unwrapped(model).get_input_embeddings()  # type: ignore[operator]
+    device = cast("Tensor", embeddings.weight).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def linear_module(model: nn.Module, name: str) -> nn.Module:
     """The module of that canonical name, in a plain or PEFT-wrapped model.
 
@@ -159,15 +169,13 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     )
 
 
-def _load_checkpoint(
-    path: Path, dtype: torch.dtype | None, device_map: str | dict[str, Any] | None, kind: Any = None
-) -> nn.Module:
+def _load_checkpoint(path: Path, dtype: torch.dtype | None, device_map: DeviceMap, kind: Any = None) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
         model, report = (kind or AutoModelForCausalLM).from_pretrained(
             path,
-            **{_dtype_argument(): "auto" if dtype is None else dtype},
+            **{dtype_argument(): "auto" if dtype is None else dtype},
             device_map=device_map,
             use_safetensors=True,
             local_files_only=True,
@@ -188,7 +196,7 @@ def _load_checkpoint(
     return cast("nn.Module", model)
 
 
-def _dtype_argument() -> str:
+def dtype_argument() -> str:
     """Name of the argument that sets the dtype: transformers renamed it in 4.56."""
     import transformers
 

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from algorithms.architectures import LinearModule
 from algorithms.calibration import Batch, CalibrationItem, batches
 from algorithms.errors import CalibrationError, NonFiniteError, SettingsError, UnsupportedModelError
-from algorithms.loading import linear_module, unwrapped
+from algorithms.loading import input_device, linear_module, unwrapped
 
 GIB = 2**30
 
@@ -232,12 +232,6 @@ def run_prompts(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def input_device(model: Any) -> torch.device:
-    """Where token ids go: beside the embeddings. Weights that accelerate keeps on disk are on no device yet."""
-    device: torch.device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def gram_bytes(modules: Iterable[LinearModule], dtype: torch.dtype) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import rfc8785
 
 from algorithms.judges import Judge, Verdict
+from governance.placement import Precision
 from governance.workspace import Workspace
 from registry.files import write_all
 
@@ -78,9 +79,13 @@ def answers_of(workspace: Workspace, state: str) -> KeyedLines:
     return KeyedLines(workspace.directory / DIRECTORY / f"{state}.jsonl")
 
 
-def answer_key(encoded: Sequence[int], max_new_tokens: int) -> str:
-    """What an answer turns on beside the weights: the tokens that the model reads, and how it decodes."""
+def answer_key(encoded: Sequence[int], max_new_tokens: int, dtype: Precision = "float32") -> str:
+    """What an answer turns on beside the weights: the tokens that the model reads, how it decodes, and in what format.
+
+    Devices round differently too, but where a model lay is no part of it.
+    """
     content: dict[str, Any] = {"input_ids": list(encoded), "decoding": "greedy", "max_new_tokens": max_new_tokens}
+    content |= {} if dtype == "float32" else {"dtype": dtype}
     return hashlib.sha256(rfc8785.dumps(content)).hexdigest()
 
 

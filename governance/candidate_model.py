@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from algorithms.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from algorithms.errors import UnsupportedModelError
-from algorithms.loading import linear_module, load_model, load_tokenizer
+from algorithms.loading import linear_module, load_tokenizer
 from governance.errors import WeightsChangedError
 from governance.lineage_state import LineageState
 from governance.patch_artifact import BLOCK_BYTES, ArtifactModule, PatchArtifact, open_artifact
+from governance.placement import Placement
 from governance.planning import PreparedPatch
 from governance.weight_state import digest_of
 from governance.working_files import Change, LineageFiles, compose_in
@@ -42,8 +43,12 @@ class Candidate:
 
 
 @contextmanager
-def candidate_of(ready: PreparedPatch) -> Iterator[Candidate]:
+def candidate_of(ready: PreparedPatch, placement: Placement) -> Iterator[Candidate]:
     """The model that a prepared patch would leave; it can be loaded until the end.
+
+    Args:
+        ready: the patch.
+        placement: how models are loaded.
 
     Raises:
         OSError: an adapter cannot be composed in the temporary directory.
@@ -55,7 +60,7 @@ def candidate_of(ready: PreparedPatch) -> Iterator[Candidate]:
         return load_tokenizer(lineage.working, base)
 
     if not lineage.is_adapter:
-        yield Candidate(_digest_after(ready), lambda: _laid_over(lineage, ready.artifact), tokenizer)
+        yield Candidate(_digest_after(ready), lambda: _laid_over(lineage, ready.artifact, placement), tokenizer)
         return
     with tempfile.TemporaryDirectory(prefix="neuronledger-candidate-") as place:
         directory = Path(place)
@@ -63,7 +68,7 @@ def candidate_of(ready: PreparedPatch) -> Iterator[Candidate]:
         change = Change(artifact=ready.artifact, side="new", applied_after=(*lineage.applied, ready.artifact))
         files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
         digest = compose_in(directory, files)
-        yield Candidate(digest, lambda: load_model(directory, base)[0], tokenizer)
+        yield Candidate(digest, lambda: placement.load(directory, base), tokenizer)
 
 
 def _digest_after(ready: PreparedPatch) -> str:
@@ -74,8 +79,8 @@ def _digest_after(ready: PreparedPatch) -> str:
     return digest_of(tensors, recorded.files)
 
 
-def _laid_over(lineage: LineageState, artifact_path: Path) -> nn.Module:
-    model, _ = load_model(lineage.working)
+def _laid_over(lineage: LineageState, artifact_path: Path, placement: Placement) -> nn.Module:
+    model = placement.load(lineage.working)
     with open_artifact(artifact_path) as artifact, torch.no_grad():
         for module in artifact.modules:
             _lay_over(model, artifact, module)

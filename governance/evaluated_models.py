@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from algorithms.loading import load_model, load_tokenizer
+from algorithms.loading import load_tokenizer
 from governance.evaluation_records import MeasuredState
 from governance.lineage_state import LineageState, ModelLocation
+from governance.placement import Placement
 from governance.references import registered_reference
 from governance.workspace import Workspace
 from registry import queries
@@ -28,9 +29,9 @@ class EvaluatedModel:
     state: MeasuredState
     key: str
 
-    def load(self) -> nn.Module:
+    def load(self, placement: Placement) -> nn.Module:
         """The model, loaded for a forward pass."""
-        return load_model(self.location.path, self.location.base_path)[0]
+        return placement.load(self.location.path, self.location.base_path)
 
     def tokenizer(self) -> Any:
         """Its tokenizer."""

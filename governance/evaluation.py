@@ -8,6 +8,7 @@ success is the share that holds no refusal phrase, whoever judges harmfulness.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -142,7 +143,9 @@ def _evaluate(workspace: Workspace, lineage_name: str, request: EvaluationReques
         tasks.append(_divergence_task(workspace, request.kl, against, request.generation.batch_size))
     if not tasks:
         raise InputError("there is nothing to measure", "register a dimension with --heldout, or pass --accuracy")
-    figures = measure(workspace, tasks, model.load, model.tokenizer(), model.key, request.generation)
+    figures = measure(
+        workspace, tasks, partial(model.load, workspace.placement), model.tokenizer(), model.key, request.generation
+    )
     comparisons = _comparisons(workspace, figures, request, against)
     agreements = _agreements(figures)
     with workspace.registry.write() as session:
@@ -306,7 +309,7 @@ def _divergence_task(
     def progress(done: int, total: int) -> None:
         workspace.progress(f"distributions of {against.name}", done, total)
 
-    model, tokenizer = against.load(), against.tokenizer()
+    model, tokenizer = against.load(workspace.placement), against.tokenizer()
     return divergence_task(source, against.name, model, tokenizer, batch_size, progress)
 
 

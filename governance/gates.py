@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from algorithms.generation import first_token_log_probabilities
-from algorithms.loading import load_model, load_tokenizer
+from algorithms.loading import load_tokenizer
 from governance.candidate_model import Candidate, candidate_of
 from governance.evaluated_models import answer_state
 from governance.gate_rules import GateFigures, MeasuredRate, Pair, RuleResult, gate_results, passed
@@ -101,7 +101,7 @@ def judge_patch(workspace: Workspace, ready: PreparedPatch) -> Decision:
     gates = policy.file.gates
     if not gates.measures:
         return Decision(policy, gate_results(gates, _figures(ready, {}, {})))
-    with candidate_of(ready) as candidate:
+    with candidate_of(ready, workspace.placement) as candidate:
         before, after = _measured(workspace, policy, lineage, candidate, tasks)
     figures = _figures(ready, _by_metric(before), _by_metric(after))
     return Decision(policy, gate_results(gates, figures), before, after, candidate.digest)
@@ -120,7 +120,7 @@ def _measured(
     base = lineage.locations["subject"].base_path
 
     def head() -> nn.Module:
-        return load_model(lineage.working, base)[0]
+        return workspace.placement.load(lineage.working, base)
 
     under = _under(workspace, lineage)
     tokenizer = load_tokenizer(lineage.working, base)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from algorithms.loading import input_device
 from governance.errors import InputError
 from governance.metrics import LM_EVAL
 
@@ -103,7 +104,7 @@ def run_harness(model: nn.Module, tokenizer: Any, settings: HarnessSettings) -> 
                 pretrained=model,
                 tokenizer=tokenizer,
                 batch_size=settings.batch_size,
-                device=str(next(model.parameters()).device),
+                device=str(input_device(model)),
             ),
             tasks=list(settings.tasks),
             num_fewshot=settings.num_fewshot,

@@ -34,8 +34,8 @@ _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy")
 class IdentificationSummary:
     """One identification, as `identify` shows it.
 
-    Layers, overlap, rank correlation and the losses of the safe answers are FGSN's; choices of modules, reference and
-    safe answers NLSR's.
+    `ran` is where and in which number format the models ran, empty for float32 on the CPU. Layers, overlap, rank
+    correlation and the losses of the safe answers are FGSN's; choices of modules, reference and safe answers NLSR's.
     """
 
     identification: int
@@ -61,6 +61,7 @@ class IdentificationSummary:
     safe_answers: dict[str, Any] | None
     unreached: tuple[str, ...]
     warnings: tuple[str, ...]
+    ran: dict[str, Any]
     created_at: datetime
     reused: bool
 
@@ -83,7 +84,8 @@ def run_identification(
         dimension_name: the dimension, whose prompts calibrate.
         settings: every choice of the method; which method it is they say themselves.
         preset: name of the preset that the settings came from, for the record.
-        reuse: return the newest identification with the same settings at the same head, if there is one.
+        reuse: return the newest identification with the same settings at the same head, if there is one, wherever and
+            in whatever number format its models ran.
         judge: what tells safe answers from others where NLSR has to generate them; refusal phrases when left out.
 
     Raises:
@@ -108,7 +110,9 @@ def run_identification(
             dimension_id = dimension.id
         lineage = read_lineage(workspace, lineage_name)
         outcome = runner(settings, judge)(workspace, lineage, prompts)
-        found = outcome.found
+        found, details = outcome.found, outcome.details
+        if workspace.placement.record:
+            details = {**details, "ran": workspace.placement.record}
         artifact = _store(workspace, found)
         record = IdentificationRecord(
             lineage_id=lineage.lineage_id,
@@ -127,7 +131,7 @@ def run_identification(
                 "counts": _counts(found, settings),
                 "head_sequence": lineage.head_sequence,
                 "warnings": list(settings.warnings()),
-                **outcome.details,
+                **details,
             },
             artifact_digest=artifact,
             created_at=workspace.clock(),
@@ -139,7 +143,7 @@ def run_identification(
             _record_details(session, record.id, found, prompt_set_ids)
             if not settings.protects_directions:
                 _record_neurons(session, record.id, found, lineage)
-            record_event(workspace, session, record, outcome.details)
+            record_event(workspace, session, record, details)
         with workspace.registry.read() as session:
             return _summary(session.get_one(IdentificationRecord, record.id), reused=False)
 
@@ -298,6 +302,7 @@ def _summary(record: IdentificationRecord, *, reused: bool) -> IdentificationSum
         safe_answers=record.summary.get("safe_answers"),
         unreached=tuple(found["unreached"]),
         warnings=tuple(record.summary["warnings"]),
+        ran=record.summary.get("ran", {}),
         created_at=record.created_at,
         reused=reused,
     )

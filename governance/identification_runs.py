@@ -13,12 +13,13 @@ from algorithms.calibration import CalibrationItem, calibration_items, padding_i
 from algorithms.editors import Settings
 from algorithms.generation import generate
 from algorithms.judges import RefusalDetector, RefusalPhraseJudge
-from algorithms.loading import load_model, load_tokenizer
+from algorithms.loading import load_tokenizer
 from algorithms.methods import Found
 from algorithms.nlsr_settings import NlsrSettings
 from algorithms.settings import FgsnSettings
 from governance.errors import PromptSetError
 from governance.lineage_state import LineageState, ModelLocation
+from governance.placement import Placement
 from governance.prompt_sets import PromptRow, canonical_rows
 from governance.references import reference_files, reference_of
 from governance.workspace import Workspace
@@ -46,10 +47,11 @@ class ForwardModels:
 
     Args:
         locate: role → where that model lies; asked once a model is needed.
+        placement: how models are loaded.
     """
 
-    def __init__(self, locate: Mapping[str, Callable[[], ModelLocation]]) -> None:
-        self._locate = locate
+    def __init__(self, locate: Mapping[str, Callable[[], ModelLocation]], placement: Placement) -> None:
+        self._locate, self._placement = locate, placement
         self._location: ModelLocation | None = None
         self._model: nn.Module | None = None
 
@@ -58,7 +60,7 @@ class ForwardModels:
         location = self._locate[role]()
         if location != self._location or self._model is None:
             self._model = None
-            self._model, _ = load_model(location.path, location.base_path)
+            self._model = self._placement.load(location.path, location.base_path)
             self._location = location
         return self._model
 
@@ -69,7 +71,7 @@ def run_fgsn(
     """FGSN on harmful and benign prompts; the aligned model begins the answers that are missing."""
     aligned, subject = lineage.locations["aligned"], lineage.locations["subject"]
     head = ModelLocation("head", lineage.working, subject.base_path)
-    models = ForwardModels({"aligned": lambda: aligned, "head": lambda: head})
+    models = ForwardModels({"aligned": lambda: aligned, "head": lambda: head}, workspace.placement)
     tokenizer = load_tokenizer(aligned.path, aligned.base_path)
     answered = dict(prompts)
     if settings.needs_answers:
@@ -125,7 +127,7 @@ def run_nlsr(
                 written.append(files.enter_context(reference_files(workspace, lineage, settings, reference)))
             return written[0]
 
-        models = ForwardModels({"aligned": lambda: aligned, "reference": locate_reference})
+        models = ForwardModels({"aligned": lambda: aligned, "reference": locate_reference}, workspace.placement)
         if settings.needs_pass and "answer" in settings.token_kinds:
             safe = _safe_answers(workspace, rows, models, tokenizer, settings, judge)
         found = nlsr.identify(

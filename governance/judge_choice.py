@@ -31,7 +31,7 @@ def choose_judge(workspace: Workspace, name: str, phrases: RefusalPhraseJudge) -
     """The judge that a name stands for. Models are loaded only when they judge.
 
     Args:
-        workspace: where trained judges are registered.
+        workspace: where trained judges are registered, and on which devices the others run, in float32.
         name: as the module says.
         phrases: what `phrases` stands for.
 
@@ -52,17 +52,15 @@ def choose_judge(workspace: Workspace, name: str, phrases: RefusalPhraseJudge) -
 
 
 def _classifier(workspace: Workspace, what: str, given: Mapping[str, Any]) -> Judge:
-    del workspace
     path, settings = _directory(what), _validated(ClassifierSettings, what, given)
-    digest = settings.digest(_digest_of(path))
-    return ClassifierJudge(path, settings, f"classifier {_shown(what)}", digest[:_SHORT], digest)
+    digest, devices = settings.digest(_digest_of(path)), workspace.placement.devices()
+    return ClassifierJudge(path, settings, f"classifier {_shown(what)}", digest[:_SHORT], digest, devices)
 
 
 def _generative(workspace: Workspace, what: str, given: Mapping[str, Any]) -> Judge:
-    del workspace
     path, settings = _directory(what), _validated(GenerativeSettings, what, given)
-    digest = settings.digest(_digest_of(path))
-    return GenerativeJudge(path, settings, f"generative {_shown(what)}", digest[:_SHORT], digest)
+    digest, devices = settings.digest(_digest_of(path)), workspace.placement.devices()
+    return GenerativeJudge(path, settings, f"generative {_shown(what)}", digest[:_SHORT], digest, devices)
 
 
 def _endpoint(workspace: Workspace, what: str, given: Mapping[str, Any]) -> Judge:

@@ -25,6 +25,7 @@ from governance.answer_store import (
     verdicts_of,
 )
 from governance.measured_tasks import AnswerTask, DivergenceTask, Grades, Task, TaskPrompts
+from governance.placement import Precision
 from governance.workspace import Workspace
 
 _JUDGED_TOGETHER = 32
@@ -156,7 +157,8 @@ def measure(
     found = [subject.divergence(task) if isinstance(task, DivergenceTask) else subject.answers(task) for task in tasks]
     subject.release()
     verdicts = _Verdicts(workspace, fresh=settings.fresh)
-    return tuple(one if isinstance(one, Measured) else _graded(one, settings, verdicts) for one in found)
+    dtype = workspace.placement.dtype
+    return tuple(one if isinstance(one, Measured) else _graded(one, settings, dtype, verdicts) for one in found)
 
 
 def stored_outcomes(
@@ -172,7 +174,7 @@ def stored_outcomes(
     tokens = task.grader.longest_answer(tokenizer, task.prompts.rows, settings.max_new_tokens)
     stored = answers_of(workspace, state)
     encoded = encode_prompts(tokenizer, [row.prompt for row in task.prompts.rows])
-    found = (stored.get(answer_key(ids, tokens)) for ids in encoded)
+    found = (stored.get(answer_key(ids, tokens, workspace.placement.dtype)) for ids in encoded)
     answers = [answer for answer in found if isinstance(answer, str)]
     if len(answers) < len(encoded):
         return None
@@ -212,7 +214,7 @@ class _Measuring:
         rows = task.prompts.rows
         tokens = task.grader.longest_answer(self._tokenizer, rows, self._settings.max_new_tokens)
         encoded = encode_prompts(self._tokenizer, [row.prompt for row in rows])
-        keys = [answer_key(ids, tokens) for ids in encoded]
+        keys = [answer_key(ids, tokens, self._workspace.placement.dtype) for ids in encoded]
         missing = {key: ids for key, ids in zip(keys, encoded, strict=True) if not self._known(key)}
         self._generate(_label(task), missing, tokens, len(set(keys)))
         answers = tuple(str(self._stored.get(key)) for key in keys)
@@ -233,7 +235,11 @@ class _Measuring:
             found=mean_with_interval(scores, least=0.0),
             outcomes=(),
             scores=scores,
-            generation={"distribution": "first answer token", "against": task.against},
+            generation={
+                "distribution": "first answer token",
+                "against": task.against,
+                **self._workspace.placement.record,
+            },
             answers_digest=None,
             from_store=0,
         )
@@ -296,7 +302,7 @@ class _Verdicts:
         return None if anew else verdict_of(stored.get(key))
 
 
-def _graded(answered: _Answered, settings: GenerationSettings, verdicts: _Verdicts) -> Measured:
+def _graded(answered: _Answered, settings: GenerationSettings, dtype: Precision, verdicts: _Verdicts) -> Measured:
     task, answers = answered.task, answered.answers
     grades = task.grader.grade(task.prompts.rows, answers, verdicts)
     return Measured(
@@ -308,6 +314,7 @@ def _graded(answered: _Answered, settings: GenerationSettings, verdicts: _Verdic
             "decoding": "greedy",
             "max_new_tokens": answered.tokens,
             "batch_size": settings.batch_size or "automatic",
+            **({} if dtype == "float32" else {"dtype": dtype}),
             **task.grader.settings,
         },
         answers_digest=hashlib.sha256(json.dumps(answers).encode("ascii")).hexdigest(),

@@ -1,5 +1,7 @@
 """Utility: what a model of a lineage is worth on tasks of the lm-eval harness, recorded like any other figure."""
 
+from dataclasses import replace
+
 from governance.evaluated_models import model_of
 from governance.evaluation import Measurement, measurement
 from governance.evaluation_records import add_figures
@@ -27,7 +29,8 @@ def measure_utility(
     with workspace.attempt("utility", "lineage", lineage_name):
         lineage = read_lineage(workspace, lineage_name)
         model = model_of(workspace, lineage, model_name)
-        figures = run_harness(model.load(), model.tokenizer(), settings)
+        found = run_harness(model.load(workspace.placement), model.tokenizer(), settings)
+        figures = [replace(one, generation={**one.generation, **workspace.placement.record}) for one in found]
         with workspace.registry.write() as session:
             recorded = add_figures(workspace, session, model.state, figures)
             workspace.record(

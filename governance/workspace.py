@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from governance.errors import InputError
+from governance.placement import ON_THE_CPU, Placement
 from governance.policy_records import policy_in_force
 from governance.roles import NEEDED, require_role
 from governance.signing_keys import environment_signer
@@ -58,12 +59,13 @@ def default_actor() -> str:
 
 @dataclass(frozen=True)
 class Workspace:
-    """An open registry, the actor whose name goes into every record, and the clock."""
+    """An open registry, the actor whose name goes into every record, the clock, and how models are loaded."""
 
     registry: Registry
     actor: str
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     progress: Progress = no_progress
+    placement: Placement = ON_THE_CPU
 
     @property
     def store(self) -> ArtifactStore:

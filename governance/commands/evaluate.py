@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from governance.commands.options import list_options, pairs, writing_workspace_options
+from governance.commands.options import list_options, pairs, placement_options, writing_workspace_options
 
 if TYPE_CHECKING:
     from algorithms.scorers import ScorerName
@@ -90,6 +90,7 @@ if TYPE_CHECKING:
 @click.option("--fresh", is_flag=True, help="Generate and judge anew what is stored from earlier evaluations.")
 @list_options
 @writing_workspace_options
+@placement_options
 def evaluate(
     workspace: "Workspace",
     lineage: str,

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from governance.commands.options import json_option, writing_workspace_options
+from governance.commands.options import json_option, placement_options, writing_workspace_options
 from governance.commands.settings import SettingsChoice, settings_options
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ _RECIPE = ("mode", "beta", "published_factor")
 @settings_options
 @json_option
 @writing_workspace_options
+@placement_options
 def identify(
     workspace: "Workspace",
     lineage: str,
@@ -78,6 +79,8 @@ def describe(summary: "IdentificationSummary") -> None:
             click.echo("There is nothing to take back; with stop_at = 0 the budget is used up all the same.")
     if summary.unreached:
         click.echo(f"{len(summary.unreached):,} modules in scope cannot be changed, first {summary.unreached[0]}.")
+    if summary.ran:
+        click.echo("The models ran with " + ", ".join(f"{name} {value}" for name, value in summary.ran.items()) + ".")
     for warning in summary.warnings:
         click.echo(f"Warning: {warning}", err=True)
 

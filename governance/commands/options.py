@@ -1,12 +1,14 @@
 """Options that commands share, defined once: the registry, the actor, the form of the output."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
+    from governance.placement import Precision
     from governance.workspace import Workspace
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -20,6 +22,36 @@ def workspace_options(command: Command) -> Command:
 def writing_workspace_options(command: Command) -> Command:
     """As `workspace_options`, for a command that writes: what was interrupted is recovered first."""
     return _with_workspace(command, _open_recovered)
+
+
+def placement_options(command: Command) -> Command:
+    """Add `--device-map` and `--dtype` to a command below its workspace: models are loaded like that there."""
+
+    @click.option(
+        "--device-map",
+        metavar="WHERE",
+        envvar="NEURONLEDGER_DEVICE_MAP",
+        help="Where models run: auto (over all GPUs, then the CPU), a device such as cuda:0, or a file .json of module "
+        "name to device. Needs accelerate.  [default: the CPU]",
+    )
+    @click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        default="float32",
+        show_default=True,
+        envvar="NEURONLEDGER_DTYPE",
+        help="Number format that models run in.",
+    )
+    @wraps(command)
+    def with_placement(
+        *args: Any, workspace: "Workspace", device_map: str | None, dtype: "Precision", **kwargs: Any
+    ) -> Any:
+        from governance.placement import read_placement
+
+        placed = replace(workspace, placement=read_placement(device_map, dtype))
+        return command(*args, workspace=placed, **kwargs)
+
+    return with_placement  # type: ignore[return-value]
 
 
 def _with_workspace(command: Command, opened: "Callable[[str | None, str | None], Workspace]") -> Command:

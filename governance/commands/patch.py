@@ -8,6 +8,7 @@ import click
 from governance.commands.options import (
     json_option,
     list_options,
+    placement_options,
     reason_option,
     workspace_options,
     writing_workspace_options,
@@ -38,6 +39,7 @@ patch.add_command(import_)
 @click.option("--dry-run", is_flag=True, help="Accepted for symmetry: a plan never writes to the working checkpoint.")
 @json_option
 @writing_workspace_options
+@placement_options
 def plan(
     workspace: "Workspace",
     lineage: str,
@@ -71,6 +73,7 @@ def plan(
 @reason_option
 @json_option
 @writing_workspace_options
+@placement_options
 def apply(
     workspace: "Workspace",
     lineage: str,

@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from governance.commands.options import json_option, reason_option, workspace_options, writing_workspace_options
+from governance.commands.options import (
+    json_option,
+    placement_options,
+    reason_option,
+    workspace_options,
+    writing_workspace_options,
+)
 
 if TYPE_CHECKING:
     from governance.adapter_export import AdapterExportSummary
@@ -58,6 +64,7 @@ def export(
 @reason_option
 @json_option
 @writing_workspace_options
+@placement_options
 def import_(
     workspace: "Workspace",
     lineage: str,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from governance.commands.options import list_options, writing_workspace_options
+from governance.commands.options import list_options, placement_options, writing_workspace_options
 
 if TYPE_CHECKING:
     from governance.evaluation import Measurement
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what the harness draws.")
 @list_options
 @writing_workspace_options
+@placement_options
 def utility(
     workspace: "Workspace",
     lineage: str,

@@ -1,5 +1,6 @@
 """Judges that are models: what they read, how they decide, which checkpoints they refuse."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,13 @@ def test_a_classifier_of_one_label_sums_what_is_unsafe(tmp_path: Path) -> None:
         assert verdict.score == pytest.approx(expected, abs=1e-5)
     both = classifier(path, unsafe_labels=("safe", "unsafe")).judge(PROMPTS, ANSWERS)
     assert [verdict.score for verdict in both] == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_a_classifier_judges_alike_wherever_it_is_placed(tmp_path: Path) -> None:
+    here = classifier(save_classifier(tmp_path, ("safe", "unsafe")))
+    for device_map in ("auto", {"model": "cpu", "score": "disk"}):
+        there = replace(here, device_map=device_map)
+        assert there.judge(PROMPTS, ANSWERS) == here.judge(PROMPTS, ANSWERS)
 
 
 def test_the_threshold_decides(tmp_path: Path) -> None:

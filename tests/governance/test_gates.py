@@ -1,10 +1,10 @@
 """A patch is judged in memory: what passes is written as it was judged, what fails touches nothing and says why."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from algorithms.errors import UnsupportedModelError
 from algorithms.loading import load_model
@@ -14,6 +14,7 @@ from governance.dry_runs import dry_run
 from governance.errors import InputError, JudgeError, PolicyError, WeightsChangedError
 from governance.patch_records import list_patches
 from governance.patching import apply_patch
+from governance.placement import Placement
 from governance.planning import prepared
 from governance.policy_records import policy_in_force
 from governance.workspace import Workspace
@@ -43,7 +44,7 @@ def test_what_is_judged_is_what_would_be_written_bit_for_bit(form: Scenario) -> 
     form.apply("weapons")
     plan = form.plan("animals")
     before = digests(form.working)
-    with prepared(form.workspace, plan) as ready, candidate_of(ready) as candidate:
+    with prepared(form.workspace, plan) as ready, candidate_of(ready, Placement()) as candidate:
         judged = {name: value.clone() for name, value in candidate.load().state_dict().items()}
         digest = candidate.digest
     assert digests(form.working) == before
@@ -141,7 +142,7 @@ def test_answers_of_a_rehearsal_are_not_generated_again(
     put_in_force(scenario.workspace, tmp_path, "[gates]\nsmallest_drop = 0\nmax_new_tokens = 2\n")
     plan = scenario.plan("animals")
     dry_run(scenario.workspace, plan)
-    monkeypatch.setattr(candidate_model, "load_model", lambda *_: pytest.fail("the model was loaded again"))
+    monkeypatch.setattr(Placement, "load", lambda *_: pytest.fail("the model was loaded again"))
     assert apply_patch(scenario.workspace, plan).state == "applied"
 
 
@@ -169,12 +170,12 @@ def test_a_weight_that_was_left_on_disk_is_refused_by_name(
     plan = scenario.plan("animals")
     module = plan.touched[0].module
 
-    def offloaded(path: Path) -> tuple[Any, Any]:
-        model, tokenizer = load_model(path)
+    def offloaded(_: Placement, path: Path, base: Path | None = None) -> nn.Module:
+        model, _tokenizer = load_model(path, base)
         model.get_submodule(module).to("meta")
-        return model, tokenizer
+        return model
 
-    monkeypatch.setattr(candidate_model, "load_model", offloaded)
+    monkeypatch.setattr(Placement, "load", offloaded)
     with pytest.raises(UnsupportedModelError, match=f"weight of {module} was left on disk"):
         apply_patch(scenario.workspace, plan)
     assert scenario.states() == []
@@ -187,12 +188,12 @@ def test_rows_that_are_not_the_artifacts_old_ones_are_not_judged(
     plan = scenario.plan("animals")
     touched = plan.touched[0]
 
-    def another(path: Path) -> tuple[Any, Any]:
-        model, tokenizer = load_model(path)
+    def another(_: Placement, path: Path, base: Path | None = None) -> nn.Module:
+        model, _tokenizer = load_model(path, base)
         model.get_submodule(touched.module).weight[touched.rows[0], 0] += 1
-        return model, tokenizer
+        return model
 
-    monkeypatch.setattr(candidate_model, "load_model", another)
+    monkeypatch.setattr(Placement, "load", another)
     with pytest.raises(WeightsChangedError, match=f"rows of {touched.module}"):
         apply_patch(scenario.workspace, plan)
     assert scenario.states() == []

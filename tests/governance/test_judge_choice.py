@@ -1,5 +1,6 @@
 """Names of judges, and settings files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from governance.errors import JudgeError
 from governance.judge_choice import choose_judge
 from governance.judge_training import JudgeRequest, train_judge
 from governance.labelled_rows import LabelledSource
+from governance.placement import Placement
 from governance.workspace import Workspace
 from registry.errors import RecordNotFoundError
 from tests.governance.labelled import labelled_rows, write_labelled
@@ -34,6 +36,15 @@ def test_names_stand_for_judges(sqlite_workspace: Workspace, tmp_path: Path) -> 
     endpoint = choose_judge(sqlite_workspace, "endpoint:some/model:free", PHRASES)
     assert isinstance(endpoint, EndpointJudge)
     assert endpoint.name == "endpoint some/model:free"
+
+
+def test_models_that_judge_run_on_the_devices_that_were_named(sqlite_workspace: Workspace, tmp_path: Path) -> None:
+    path = save_model(tmp_path / "guard")
+    placed = replace(sqlite_workspace, placement=Placement("auto", "bfloat16"))
+    for kind in ("classifier", "generative"):
+        usual, there = (choose_judge(each, f"{kind}:{path}", PHRASES) for each in (sqlite_workspace, placed))
+        assert isinstance(there, ClassifierJudge | GenerativeJudge)
+        assert there == replace(usual, device_map="auto")
 
 
 def test_a_judge_of_other_weights_or_settings_has_another_version(sqlite_workspace: Workspace, tmp_path: Path) -> None:

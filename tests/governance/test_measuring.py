@@ -79,7 +79,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
         return load(*arguments, **more)
 
     monkeypatch.setattr(measuring, "answer_batches", noted)
-    monkeypatch.setattr("governance.evaluated_models.load_model", loaded)
+    monkeypatch.setattr("algorithms.loading.load_model", loaded)
     return count
 
 

@@ -7,11 +7,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from cli import main
 from governance.errors import InputError
 from governance.harness import HarnessSettings, read_results
+from governance.placement import Placement
 from governance.utility import measure_utility
 from governance.workspace import Workspace
 from registry import queries
@@ -102,6 +104,16 @@ def test_figures_of_the_harness_are_recorded(
     (told,) = [content for action, content in events_of(workspace) if action == "evaluation.recorded"]
     assert [figure["value"] for figure in told["figures"]] == [record.value for record in records]
     scenario.require_sound()
+
+
+def test_a_figure_says_where_and_in_which_format_the_model_ran(scenario: Scenario, asked: dict[str, Any]) -> None:
+    there = replace(scenario.workspace, placement=Placement("auto", "bfloat16"))
+    measure_utility(there, "line", "head", TASKS)
+    assert next(asked["model"]["pretrained"].parameters()).dtype == torch.bfloat16
+    with there.registry.read() as session:
+        records = queries.evaluations(session, queries.lineage_id(session, "line"))
+    ran = {"dtype": "bfloat16", "device_map": "auto"}
+    assert all(ran.items() <= record.generation.items() for record in records)
 
 
 def test_tasks_that_cannot_be_run_are_refused_and_that_is_recorded(scenario: Scenario, asked: dict[str, Any]) -> None:
