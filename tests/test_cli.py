@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 import neuronledger
+from algorithms.methods import METHODS
 from algorithms.probes import FitSettings
 from cli import main
 from governance.harness import HarnessFigure
@@ -94,6 +96,14 @@ def test_every_command_explains_itself(path: tuple[str, ...]) -> None:
         assert result.stdout.startswith("Usage: ")
         assert command.help.splitlines()[0].split(".")[0].split()[0] in result.stdout
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("path", [("identify",), ("patch", "plan"), ("patch", "apply")], ids=" ".join)
+def test_help_names_every_preset(path: tuple[str, ...]) -> None:
+    (option,) = (option for option in COMMANDS[path].params if "--preset" in option.opts)
+    assert isinstance(option, click.Option)
+    named = set(re.findall(r"[a-z-]+", option.help or ""))
+    assert {name for method in METHODS.values() for name in method.presets} <= named
 
 
 def test_concern_is_dimension() -> None:
