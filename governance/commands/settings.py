@@ -102,8 +102,8 @@ def settings_options(command: Command) -> Command:
                 default="default",
                 show_default=True,
                 metavar="NAME",
-                help="Named settings: default, random-control; of fgsn also sparse, strong and fgsn-paper; of nlsr also "
-                "nlsr-paper and nlsr-published-code.",
+                help="Named settings: default, random-control; of fgsn also sparse, strong and fgsn-paper; of nlsr "
+                "also nlsr-paper and nlsr-published-code.",
             ),
             click.option(
                 "--reference",
