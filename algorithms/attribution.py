@@ -114,8 +114,8 @@ def attribution(
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedModelError(
-            "A part of the model lies outside the memory that it runs in, where no loss can be differentiated",
-            "Place the whole model on devices, or choose a score that takes a forward pass alone, such as damage",
+            "A part of the model is offloaded from the devices that it runs on, where no loss can be differentiated",
+            "Place all of it on devices, leave the device map out, or choose a score of a forward pass, such as damage",
         )
     collector = _Collector(parts)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -126,14 +126,15 @@ def attribution(
         done, total = 0, 0.0
         with torch.enable_grad():
             for batch in batches(items, batch_size, pad_id):
-                loss = _loss(model, batch, [items[index] for index in batch.indices]) / labelled
+                # The sum is differentiated, not the mean: in 16 bits small gradients would vanish.
+                loss = _loss(model, batch, [items[index] for index in batch.indices])
                 if not bool(torch.isfinite(loss)):
                     raise NonFiniteError(
                         "The loss of the calibration answers is NaN or infinite",
                         "Load the model in float32 or bfloat16 and check that it generates sensible text",
                     )
                 loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.item()
+                total += loss.item() / labelled
                 done += len(batch.indices)
                 if progress is not None:
                     progress(done, len(items))
@@ -142,7 +143,7 @@ def attribution(
             handle.remove()
         for parameter in parameters:
             parameter.requires_grad = True
-    return Attribution(total, collector.result())
+    return Attribution(total, {name: (value / labelled).float() for name, value in collector.result().items()})
 
 
 class _Collector:
@@ -165,7 +166,7 @@ class _Collector:
         output.register_hook(partial(self._backward, name, x))  # type: ignore[no-untyped-call]
 
     def _backward(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        delta = gradient.reshape(-1, gradient.shape[-1]).float()
+        delta = gradient.reshape(-1, gradient.shape[-1]).float().to(x.device)
         found = self._parts[name](x.reshape(-1, x.shape[-1]).float(), delta).cpu()
         self._sums[name] = self._sums[name] + found if name in self._sums else found
 
@@ -176,7 +177,7 @@ class _Collector:
                     f"{name} takes no part in the answers' loss",
                     "Use a family from the documented table; routed or packed modules are not reached",
                 )
-        return {name: self._sums[name].float() for name in self._parts}
+        return {name: self._sums[name] for name in self._parts}
 
 
 def _loss(model: nn.Module, batch: Batch, items: Sequence[CalibrationItem]) -> Tensor:

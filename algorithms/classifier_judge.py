@@ -12,7 +12,7 @@ from torch import Tensor
 from algorithms.errors import CheckpointError, SettingsError
 from algorithms.judge_settings import ClassifierSettings, fill
 from algorithms.judges import Verdict
-from algorithms.loading import DeviceMap, dtype_argument, input_device, load_tokenizer, quiet_transformers
+from algorithms.loading import DeviceMap, dtype_argument, input_device, load_tokenizer, make_room, quiet_transformers
 
 _SAYS_UNSAFE = ("unsafe", "harmful", "toxic", "not_safe", "not safe", "violation")
 _SAYS_SAFE = ("not harmful", "non-toxic", "harmless", "nontoxic", "not_harmful", "non_toxic", "unharmful")
@@ -64,7 +64,7 @@ class ClassifierJudge:
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
         device = input_device(loaded.model)
         with torch.inference_mode():
-            logits = loaded.model(**{name: values.to(device) for name, values in inputs.items()}).logits.double().cpu()
+            logits = loaded.model(**{name: values.to(device) for name, values in inputs.items()}).logits.cpu().double()
         if loaded.multi_label:
             return torch.sigmoid(logits)[:, loaded.unsafe].amax(dim=-1)
         return torch.softmax(logits, dim=-1)[:, loaded.unsafe].sum(dim=-1)
@@ -101,6 +101,7 @@ def _load(path: Path, device_map: DeviceMap) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification
 
     tokenizer = load_tokenizer(path)
+    make_room(device_map)
     try:
         with quiet_transformers():
             model, report = AutoModelForSequenceClassification.from_pretrained(

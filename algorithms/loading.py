@@ -1,5 +1,6 @@
 """Loading models for a forward pass, and finding their linear modules and blocks again behind a PEFT wrapper."""
 
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,27 +31,44 @@ def load_model(
     Args:
         path: a checkpoint directory; with `base`, the adapter's directory.
         base: the checkpoint that the adapter at `path` belongs to.
-        dtype: what the weights are converted to; None keeps the stored type.
+        dtype: what the weights are converted to; None keeps the stored type. The adapter's factors are float32, as PEFT
+            loads them.
         device_map: over which devices and disk it is placed.
 
     Returns:
         The model in evaluation mode without gradients, and its tokenizer (the adapter's own where it has one).
 
     Raises:
-        CheckpointError: the directory, a tensor or the tokenizer is missing or cannot be read.
+        CheckpointError: the directory, a tensor or the tokenizer is missing or cannot be read, or the device map does
+            not fit the model or the machine.
         AdapterError: the adapter does not load on the base.
+        UnsupportedModelError: a part of an adapter's base would be offloaded.
     """
     checkpoint = path if base is None else base
     for directory in {path, checkpoint}:
         if not directory.is_dir():
             raise CheckpointError(f"There is no model directory {directory}", "Check the path")
+    make_room(device_map)
     with quiet_transformers():
         model = _load_checkpoint(checkpoint, dtype, device_map)
         if base is not None:
+            _require_nothing_offloaded(model, base)
             model = _load_adapter(model, path)
     model.eval()
     model.requires_grad_(requires_grad=False)
     return model, load_tokenizer(path, base)
+
+
+def make_room(device_map: DeviceMap) -> None:
+    """Free what models that were let go still hold, where accelerate places the next by the memory that is free.
+
+    The hooks of a placed model refer to one another, so that it stays until the next collection.
+    """
+    if device_map is None:
+        return
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_backbone(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -183,9 +201,12 @@ def _load_checkpoint(path: Path, dtype: torch.dtype | None, device_map: DeviceMa
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"The checkpoint {path} cannot be loaded ({error})", "Check its config.json and safetensors files"
-        ) from error
+        mend = "Check its config.json and safetensors files"
+        if device_map is not None:
+            mend = "Check the device map and the memory of its devices, then config.json and the safetensors files"
+        raise CheckpointError(f"The checkpoint {path} cannot be loaded ({error})", mend) from error
+    if isinstance(device_map, dict):
+        _require_fit(device_map, cast("nn.Module", model), path)
     # transformers fills missing tensors with random numbers and goes on: statistics of such a model mean nothing.
     # Only a pooler may be missing, which stands beside the blocks and is not read.
     missing = sorted(key for key in map(str, report["missing_keys"]) if not (kind and key.startswith("pooler.")))
@@ -194,6 +215,34 @@ def _load_checkpoint(path: Path, dtype: torch.dtype | None, device_map: DeviceMa
             f"The checkpoint {path} lacks {len(missing)} tensors, first {missing[0]}", "Save the checkpoint again"
         )
     return cast("nn.Module", model)
+
+
+def _require_fit(device_map: dict[str, str | int], model: nn.Module, path: Path) -> None:
+    """Refuse a device map that names what the model does not have, or leaves a part out: that would be on the CPU."""
+    parameters = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in model.named_modules()]
+    unknown = sorted(set(device_map) - {*names, *parameters})
+    if unknown:
+        raise CheckpointError(
+            f"The device map names {unknown[0]}, which the model in {path} does not have",
+            f"It has {names[1]} and others",
+        )
+    for name in parameters:
+        if not any(not place or f"{name}.".startswith(f"{place}.") for place in device_map):
+            raise CheckpointError(
+                f"The device map places no part of the model in {path} that holds {name}",
+                'Name every part, or the rest by ""',
+            )
+
+
+def _require_nothing_offloaded(model: nn.Module, path: Path) -> None:
+    """PEFT writes the offloaded parts of a base anew, where they may replace its files."""
+    offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if offloaded is not None:
+        raise UnsupportedModelError(
+            f"{offloaded} of {path} would be offloaded, and an adapter lies on it",
+            "Place the whole base on devices, leave the device map out, or merge the adapter (model merge)",
+        )
 
 
 def dtype_argument() -> str:

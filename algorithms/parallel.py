@@ -56,7 +56,9 @@ def in_parallel(
         running: dict[int, Future[Result]] = {position: pool.submit(work, given[position]) for position in positions}
         try:
             for position in range(len(given)):
-                yield running.pop(position).result()
+                result = running[position].result()
+                del running[position]
+                yield result
         finally:
             for left in running.values():
                 left.cancel()

@@ -2,7 +2,8 @@
 
 Of a full checkpoint, the head is loaded and the artifact's new rows are laid over its weights. Of an adapter, the very
 files that applying would write are composed in a directory of their own and loaded from there. Either way the bytes are
-those of the artifact, and the digest is the one that the weights will have once the patch is written.
+those of the artifact, rounded where the policy has models run in 16 bits, and the digest is the one that the weights
+will have once the patch is written.
 """
 
 import tempfile
@@ -97,8 +98,9 @@ def _lay_over(model: nn.Module, artifact: PatchArtifact, module: ArtifactModule)
     weight = cast("Tensor", linear_module(model, module.name).weight)
     if weight.is_meta:
         raise UnsupportedModelError(
-            f"The weight of {module.name} was left on disk, so that the patch cannot be judged in memory",
-            "Judge where the whole model fits into memory, or set a policy whose gates measure nothing",
+            f"The weight of {module.name} is offloaded, so that the patch cannot be judged in memory",
+            "Judge where all of the model fits on the devices, leave the device map out, or set a policy whose gates "
+            "measure nothing",
         )
     stored = weight.T if module.transposed else weight
     if stored.shape[1] != module.width:

@@ -6,7 +6,7 @@ with the patch, a dry run shows it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -101,6 +101,8 @@ def judge_patch(workspace: Workspace, ready: PreparedPatch) -> Decision:
     gates = policy.file.gates
     if not gates.measures:
         return Decision(policy, gate_results(gates, _figures(ready, {}, {})))
+    # In the policy's number format, whatever the command says: who applies a patch does not choose how it is judged.
+    workspace = replace(workspace, placement=replace(workspace.placement, dtype=gates.dtype))
     with candidate_of(ready, workspace.placement) as candidate:
         before, after = _measured(workspace, policy, lineage, candidate, tasks)
     figures = _figures(ready, _by_metric(before), _by_metric(after))

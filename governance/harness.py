@@ -91,6 +91,12 @@ def run_harness(model: nn.Module, tokenizer: Any, settings: HarnessSettings) -> 
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError("the package lm-eval is missing", "pip install 'neuronledger[utility]'") from error
+    offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if offloaded is not None:
+        raise InputError(
+            f"{offloaded} is offloaded, and lm-eval runs only what lies on devices",
+            "place all of the model on devices, or leave the device map out",
+        )
     manager = TaskManager(include_path=str(settings.include_path) if settings.include_path else None)
     unknown = [task for task in settings.tasks if task not in manager.all_tasks]
     if unknown:

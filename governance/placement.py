@@ -16,7 +16,6 @@ Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
-_NO_DEVICES = ("disk", "meta")
 _MEND = f"name {', '.join(_STRATEGIES)}, a device such as cuda:0, or a file .json of module name to device"
 
 
@@ -27,7 +26,8 @@ class Placement:
     Attributes:
         device_map: for accelerate: one of its strategies (`auto`), a device such as `cuda:0`, or module name → device;
             None: the CPU.
-        dtype: what the weights are converted to. Statistics and gains are summed in float32 or float64 all the same.
+        dtype: what the weights of checkpoints are converted to; an adapter's factors stay in float32. Statistics and
+            gains are summed in float32 or float64 all the same.
     """
 
     device_map: str | Mapping[str, str | int] | None = None
@@ -50,7 +50,11 @@ class Placement:
 
         from algorithms.loading import load_model
 
-        return load_model(path, base, dtype=getattr(torch, self.dtype), device_map=self.devices())[0]
+        model, _ = load_model(path, base, dtype=getattr(torch, self.dtype), device_map=self.devices())
+        if self.device_map in _STRATEGIES:
+            for kind in {parameter.device.type for parameter in model.parameters()}:
+                _require_run_on(kind)
+        return model
 
     def devices(self) -> str | dict[str, str | int] | None:
         """`device_map`, once accelerate and every device that it names are known to be there.
@@ -64,11 +68,14 @@ class Placement:
             raise InputError(
                 "models are placed by accelerate, which is not installed", "install neuronledger[accelerate]"
             )
-        named = (self.device_map,) if isinstance(self.device_map, str) else tuple(self.device_map.values())
-        for device in dict.fromkeys(named):
-            if device not in (*_STRATEGIES, *_NO_DEVICES):
+        if isinstance(self.device_map, str):
+            if self.device_map not in _STRATEGIES:
+                _require_device(self.device_map)
+            return self.device_map
+        for device in dict.fromkeys(self.device_map.values()):
+            if device != "disk":
                 _require_device(device)
-        return self.device_map if isinstance(self.device_map, str) else dict(self.device_map)
+        return dict(self.device_map)
 
 
 ON_THE_CPU = Placement()
@@ -102,7 +109,17 @@ def _require_device(device: str | int) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split()).split(". ")[0]
         raise InputError(f"there is no device {device} here ({reason})", _MEND) from error
+    if kind == "meta":
+        raise InputError("the device meta holds no weights", _MEND)
+    _require_run_on(kind)
+
+
+def _require_run_on(kind: str) -> None:
+    if kind == "mps":
+        raise InputError(
+            "models do not run on mps, which has no float64 to sum statistics in", "leave --device-map out"
+        )

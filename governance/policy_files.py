@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from algorithms.scorers import ScorerName
 from governance.errors import PolicyError
+from governance.placement import Precision
 from registry.schema import NAME_LENGTH
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -89,6 +90,7 @@ class Gates(_Section):
     )
     max_new_tokens: int = Field(64, ge=1, description="Longest answer, in tokens.")
     batch_size: int | None = Field(None, ge=1, description="Prompts answered together; left out, as many as fit.")
+    dtype: Precision = Field("float32", description="Number format that the models run in.")
 
     @property
     def measures(self) -> bool:

@@ -3,7 +3,7 @@
 import json
 import shlex
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -48,8 +48,18 @@ def apply_command(lineage: str, dimension: str, record: IdentificationRecord, re
     """The command that identifies and patches with the settings of an identification."""
     options, note = _settings(record)
     because = ["--reason", reason] if reason else []
-    notes = [f"its settings have the digest {record.settings_digest}", *([note] if note else [])]
-    return Command(_line("patch", "apply", lineage, dimension, *options, *because), "; ".join(notes))
+    places, where = _placement(record.ran)
+    notes = [f"its settings have the digest {record.settings_digest}", *(each for each in (note, where) if each)]
+    return Command(_line("patch", "apply", lineage, dimension, *options, *places, *because), "; ".join(notes))
+
+
+def _placement(ran: Mapping[str, Any]) -> tuple[list[str], str]:
+    """Options that have models run where and in which format they ran, and a note where options cannot say it."""
+    options = ["--dtype", str(ran["dtype"])] if "dtype" in ran else []
+    place = ran.get("device_map")
+    if isinstance(place, dict):
+        return options, f"models were placed by --device-map FILE.json with {json.dumps(place)}"
+    return options + (["--device-map", str(place)] if place else []), ""
 
 
 def _line(*words: str) -> str:
@@ -164,16 +174,21 @@ def _is_text(value: str) -> bool:
 
 
 def _runs(measurements: Sequence[MeasurementRecord]) -> list[list[MeasurementRecord]]:
-    """Measurements that one command made: the same stage, one after the other, no quantity twice."""
+    """Measurements that one command made: the same stage and number format, one after the other, no quantity twice."""
     runs: list[list[MeasurementRecord]] = []
     for record in measurements:
         run = runs[-1] if runs else []
         seen = {(one.metric, one.dimension, one.judge) for one in run}
-        if run and run[0].stage == record.stage and (record.metric, record.dimension, record.judge) not in seen:
+        alike = bool(run) and (run[0].stage, _dtype(run[0])) == (record.stage, _dtype(record))
+        if alike and (record.metric, record.dimension, record.judge) not in seen:
             run.append(record)
         else:
             runs.append([record])
     return runs
+
+
+def _dtype(record: MeasurementRecord) -> str:
+    return str(record.generation.get("dtype", ""))
 
 
 def _measured(lineage: str, run: Sequence[MeasurementRecord], sets: dict[int, PromptSetRecord]) -> Command:
@@ -206,9 +221,13 @@ def _measured(lineage: str, run: Sequence[MeasurementRecord], sets: dict[int, Pr
     words += ["--max-new-tokens", str(max(lengths))] if lengths else []
     sizes = [size for one in run if isinstance(size := one.generation.get("batch_size"), int)]
     words += ["--batch-size", str(sizes[0])] if sizes else []
+    ran: dict[str, Any] = {
+        key: one.generation[key] for one in run for key in ("dtype", "device_map") if key in one.generation
+    }
+    places, where = _placement(ran)
     judges = dict.fromkeys(one.judge for one in run if one.judge and not one.judge.startswith(_PHRASES))
     note = f"was judged by {', '.join(judges)}: phrases go to --refusal-phrase, others to --judge" if judges else ""
-    return Command(_line(*words), note)
+    return Command(_line(*words, *places), "; ".join(each for each in (note, where) if each))
 
 
 def _repeated(option: str, values: Iterable[str]) -> list[str]:

@@ -211,6 +211,7 @@ def _identifications(session: Session, lineage: Lineage) -> tuple[Identification
             choices=_choices(record),
             reference=_reference(record.summary.get("reference") or {}),
             safe_answers=_safe_answers(record.summary.get("safe_answers") or {}),
+            ran=record.summary.get("ran", {}),
         )
         for record in records
     )

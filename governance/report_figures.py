@@ -61,11 +61,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Quantity:
-    """One column of the tables: a metric, of a dimension where it has one, judged by one judge (empty: none)."""
+    """One column of the tables: a metric, of a dimension where it has one, judged by one judge (empty: none).
+
+    `dtype` is the number format that the models ran in; empty for float32.
+    """
 
     metric: str
     dimension: str | None
     judge: str
+    dtype: str = ""
 
     @property
     def unit(self) -> str:
@@ -75,6 +79,10 @@ class Quantity:
     @property
     def title(self) -> str:
         """What stands above the column."""
+        return f"{self._named} ({self.dtype})" if self.dtype else self._named
+
+    @property
+    def _named(self) -> str:
         for name in (ATTACK_SUCCESS, HARM_SCORE):
             if self.metric.startswith(name):
                 words = (name, self.dimension or self.metric.removeprefix(name))
@@ -210,6 +218,7 @@ def quantity(record: Evaluation) -> Quantity:
         metric=record.metric,
         dimension=record.dimension.name if record.dimension else None,
         judge=f"{record.judge} {record.judge_version or ''}".strip() if record.judge else "",
+        dtype=record.generation.get("dtype", ""),
     )
 
 

@@ -119,6 +119,7 @@ class IdentificationRecord:
         choices: the verdict on every module, the least similar first.
         reference: what rows are taken from, in words.
         safe_answers: how many answers were given, generated and kept.
+        ran: where and in which number format the models ran; empty for float32 on the CPU.
     """
 
     identification: int
@@ -144,6 +145,7 @@ class IdentificationRecord:
     choices: tuple[ChoiceRecord, ...]
     reference: str
     safe_answers: str
+    ran: dict[str, Any]
 
     @property
     def label(self) -> str:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Self
 
@@ -25,6 +26,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.int64: "I64",
     torch.uint8: "U8",
 }
+_CLOSED = -1
 DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -126,6 +128,8 @@ class TensorFileWriter:
         prefix = header_bytes(specs, metadata)
         self._begin = len(prefix)
         self._length = self._begin + position
+        # Once it is closed its number may be another file's: no thread that is still at work may write to that.
+        self._lock = Lock()
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             write_at(self._descriptor, prefix, 0)
@@ -135,11 +139,16 @@ class TensorFileWriter:
             raise
 
     def put(self, name: str, tensor: Tensor, row: int = 0) -> None:
-        """Write `tensor` into the named tensor from index `row` of its first dimension on."""
+        """Write `tensor` into the named tensor from index `row` of its first dimension on.
+
+        Raises:
+            OSError: it cannot be written, or the file is closed.
+        """
         offset, spec = self._offsets[name]
         if DTYPE_NAMES[tensor.dtype] != spec.dtype or row + tensor.shape[0] > spec.shape[0]:
             raise ValueError(f"{name}: {tuple(tensor.shape)} of {tensor.dtype} does not fit {spec}")
-        write_at(self._descriptor, tensor_bytes(tensor), self._begin + offset + row * spec.row_bytes)
+        with self._lock:
+            write_at(self._descriptor, tensor_bytes(tensor), self._begin + offset + row * spec.row_bytes)
 
     def __enter__(self) -> Self:
         return self
@@ -147,8 +156,10 @@ class TensorFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, _CLOSED
         try:
             if kind is None:
-                os.fsync(self._descriptor)
+                os.fsync(descriptor)
         finally:
-            os.close(self._descriptor)
+            os.close(descriptor)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from concurrent.futures import Future
 from threading import Event, Lock
 
 import pytest
@@ -52,6 +53,23 @@ def test_results_before_an_error_are_given_and_parts_that_had_not_begun_are_left
     with pytest.raises(ValueError, match="3"):
         next(results)
     assert len(begun) < 5_000
+
+
+def test_a_part_that_is_waited_for_and_had_not_begun_is_left_at_an_interrupt(monkeypatch):
+    monkeypatch.setattr(parallel, "THREADS", 1)
+    begun: list[int] = []
+
+    def interrupted(self, timeout=None):  # where Ctrl-C reaches the thread of the command
+        raise KeyboardInterrupt
+
+    def work(part: int) -> None:
+        begun.append(part)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(in_parallel(work, [1, 5], lambda part: part))
+    assert begun == [5]
 
 
 def test_the_largest_part_is_begun_first(monkeypatch):

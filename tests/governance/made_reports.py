@@ -61,6 +61,7 @@ def made_identification(number: int, dimension: str, method: str, blocks: int = 
         else tuple(ChoiceRecord(name, 0.5, rank, 0.25, 0.75, patched=True) for rank, name in enumerate(modules)),
         "reference": "" if fgsn else "extrapolated from aligned and base (mode exact, beta 0.3)",
         "safe_answers": "",
+        "ran": {},
     }
     return IdentificationRecord(**given | more)
 

@@ -176,7 +176,7 @@ def test_a_weight_that_was_left_on_disk_is_refused_by_name(
         return model
 
     monkeypatch.setattr(Placement, "load", offloaded)
-    with pytest.raises(UnsupportedModelError, match=f"weight of {module} was left on disk"):
+    with pytest.raises(UnsupportedModelError, match=f"weight of {module} is offloaded"):
         apply_patch(scenario.workspace, plan)
     assert scenario.states() == []
 

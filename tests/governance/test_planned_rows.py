@@ -1,6 +1,8 @@
 """The rows of a planned patch are the same bytes, however many threads compute them."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from algorithms.errors import NonFiniteError
 from algorithms.operations import RowEdit, RowEditor
 from governance.planning import PatchPlan, prepared
 from governance.row_figures import ModuleOutcome
+from governance.tensor_file import TensorFileWriter, TensorSpec
 from tests.governance.conftest import Scenarios, Trios
 from tests.governance.scenarios import Scenario, Trio
 
@@ -93,3 +96,16 @@ def test_torch_computes_on_one_core_beside_others_and_on_all_again_afterwards(
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_that_outlive_the_writer_write_to_no_other_file(tmp_path: Path) -> None:
+    """As after a second interrupt, which does not wait for them: the closed file's number may be another's by then."""
+    with TensorFileWriter(tmp_path / "rows", [TensorSpec("a", "F32", (2, 2))], {}) as writer:
+        writer.put("a", torch.ones(2, 2))
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+    try:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            writer.put("a", torch.zeros(2, 2))
+        assert os.fstat(other).st_size == 0
+    finally:
+        os.close(other)

@@ -34,7 +34,7 @@ def understood(line: str) -> dict[str, Any]:
     program, *words = shlex.split(line)
     assert program == "neuronledger"
     command: click.Command = main
-    context = click.Context(main)
+    context = click.Context(main, **main.context_settings)
     while isinstance(command, click.Group):
         name, found, words = command.resolve_command(context, words)
         assert found is not None
@@ -126,6 +126,23 @@ def test_measurements_that_one_command_made_are_one_command() -> None:
     assert said["over_refusal"] == "data/harmful.jsonl"
     assert (said["max_new_tokens"], said["batch_size"]) == (9, 4)
     assert found[0].note == ""
+
+
+def test_models_run_again_where_and_as_they_ran() -> None:
+    def measured(dtype: str | None) -> MeasurementRecord:
+        generation = {"max_new_tokens": 5} | ({} if dtype is None else {"dtype": dtype})
+        return MeasurementRecord(START, "aligned", "harmfulness", "a", 1, "advbench-phrases 1", generation)
+
+    report = replace(made_report(("a",)), measurements=(measured(None), measured("bfloat16")))
+    found = [understood(command.line) for command in commands(report) if "evaluate" in command.line]
+    assert [said["dtype"] for said in found] == ["float32", "bfloat16"]
+
+    placed = {"device_map": "auto", "dtype": "bfloat16"}
+    said = understood(apply_command("line", "a", replace(made_identification(1, "a", "fgsn"), ran=placed)).line)
+    assert (said["device_map"], said["dtype"]) == ("auto", "bfloat16")
+    by_file = apply_command("line", "a", replace(made_identification(1, "a", "fgsn"), ran={"device_map": {"": 0}}))
+    assert understood(by_file.line)["device_map"] is None
+    assert '--device-map FILE.json with {"": 0}' in by_file.note
 
 
 def test_an_imported_patch_is_imported_again() -> None:

@@ -1,6 +1,7 @@
 """The report shows what the registry holds, names what is missing, and reads without script, network or colour."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from governance.lineages import create_lineage
 from governance.measuring import GenerationSettings
 from governance.patch_records import list_patches, show_patch
 from governance.patching import apply_patch, revert_patch
+from governance.placement import ON_THE_CPU, Placement
 from governance.planning import plan_patch
 from governance.prompt_sets import PromptSource
 from governance.report_data import gather
@@ -309,6 +311,18 @@ def test_the_map_counts_neurons_that_another_dimension_selected_too(patched: Sce
     assert found.shared == second.neurons_already_protected > 0
     assert found.left == found.neurons - found.protected
     assert found.by_dimension == (("animals", found.protected),)
+
+
+def test_figures_in_another_number_format_stand_in_columns_of_their_own(scenario: Scenario, tmp_path: Path) -> None:
+    for placement in (ON_THE_CPU, Placement("cpu", "bfloat16")):
+        evaluate(
+            replace(scenario.workspace, placement=placement),
+            "line",
+            EvaluationRequest(dimensions=("animals",), generation=GenerationSettings(2)),
+        )
+    page = read_page(scenario.workspace, "line", tmp_path)
+    assert "animals (bfloat16)" in page.text
+    assert "in bfloat16" in page.text
 
 
 def test_a_lineage_takes_the_subjects_figures_from_one_that_measured_it_the_same_way(

@@ -116,6 +116,13 @@ def test_a_figure_says_where_and_in_which_format_the_model_ran(scenario: Scenari
     assert all(ran.items() <= record.generation.items() for record in records)
 
 
+@pytest.mark.usefixtures("asked")
+def test_a_model_of_which_a_part_is_offloaded_is_refused(scenario: Scenario) -> None:
+    there = replace(scenario.workspace, placement=Placement({"model": "cpu", "lm_head": "disk"}))
+    with pytest.raises(InputError, match=r"lm_head.weight is offloaded"):
+        measure_utility(there, "line", "head", TASKS)
+
+
 def test_tasks_that_cannot_be_run_are_refused_and_that_is_recorded(scenario: Scenario, asked: dict[str, Any]) -> None:
     for tasks, message in ((("choice", "none"), "knows no task none"), (("broken",), r"cannot run broken \(no data\)")):
         with pytest.raises(InputError, match=message):
