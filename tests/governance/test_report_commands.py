@@ -40,7 +40,7 @@ def understood(line: str) -> dict[str, Any]:
         assert found is not None
         command = found
         context = click.Context(command, parent=context, info_name=name)
-    return command.make_context(command.name, words).params
+    return command.make_context(command.name, words, parent=context.parent).params
 
 
 def chosen(line: str) -> SettingsChoice:
