@@ -8,8 +8,8 @@ bytes, highest resident set. Beside them: the same rows by load, assign and save
 projection. The identification is written directly; the forward pass is not part of this benchmark.
 
 Each phase runs after its input files were read once, so from the page cache as far as they fit, and after everything
-written before was flushed; the baselines too. Disk for the largest size: about six times its size. What was measured
-with the same code and parameters is not measured again.
+written before was flushed; the baselines too. The phases of a patch run several times; figures are medians. Disk for
+the largest size: about six times its size. What was measured with the same code and parameters is not measured again.
 """
 
 import argparse
@@ -62,8 +62,8 @@ class Benchmark:
         """Measure one size, unless all of it was measured."""
         shape = shape_of(size)
         chains = [(layout, operation) for layout in LAYOUTS for operation in self._options.operations]
-        missing = [chain for chain in chains if not self.results.has(size, *chain, "revert")]
-        if not missing and self.results.has(size, "copy"):
+        missing = [chain for chain in chains if self.results.runs(size, *chain, "revert") < self.times]
+        if not missing and self.results.runs(size, "copy"):
             return
         place = self._directory / f"size-{size:g}"
         _require_space(self._directory, place, 6 * shape.bytes)
@@ -73,7 +73,7 @@ class Benchmark:
             runner.set_up(models)
         for layout, operation in missing:
             runner.chain(layout, operation, models)
-        if not self.results.has(size, "copy"):
+        if not self.results.runs(size, "copy"):
             runner.measure("copy", ("copy",), [models["subject"]], source=models["subject"], target=place / "copy")
             shutil.rmtree(place / "copy")
         if not self._options.keep:
@@ -83,7 +83,7 @@ class Benchmark:
         """Measure the projection of rows beside the dense formula, on modules of 4096 × 4096."""
         name = "projection"
         keys = [(name, f"rows {share:g}") for share in SHARES] + [(name, "dense")]
-        if all(self.results.has(*key) for key in keys):
+        if all(self.results.runs(*key) for key in keys):
             return
         place = self._directory / name
         models = make_checkpoints(place / "models", PROJECTION, self._options.seed, _tell)
@@ -102,6 +102,11 @@ class Benchmark:
     def threads(self) -> int:
         """Processor threads of every phase."""
         return int(self._options.threads)
+
+    @property
+    def times(self) -> int:
+        """How often each phase of a patch runs."""
+        return int(self._options.times)
 
     @property
     def seed(self) -> int:
@@ -137,27 +142,29 @@ class Runner:
         self._ready.write_text(self._benchmark.results.key)
 
     def chain(self, layout: str, operation: str, models: dict[str, Path]) -> None:
-        """Plan, apply, change the same rows by load and save, verify, revert."""
+        """Plan, apply, change the same rows by load and save, verify, revert; as often as was asked."""
+        self._benchmark.results.forget(self._size, layout, operation)
         self.run("reset")
         found = self.run("identify", layout=layout, operation=operation, seed=self._benchmark.seed)
         number = found.figures["identification"]
         working = self._registry / "lineages" / LINEAGE
         inputs = [models["aligned"], models["subject"], working]
-        self.measure("plan", (layout, operation, "plan"), inputs, identification=number)
-        patch = self.measure("apply", (layout, operation, "apply"), inputs, identification=number).figures["patch"]
         target = self._place / "saved"
-        shutil.rmtree(target, ignore_errors=True)
-        self.measure(
-            "load+save",
-            (layout, operation, "load+save"),
-            [models["subject"]],
-            patch=patch,
-            source=models["subject"],
-            target=target,
-        )
-        shutil.rmtree(target)
-        self.measure("verify", (layout, operation, "verify"), [models["base"], *inputs])
-        self.measure("revert", (layout, operation, "revert"), inputs)
+        for _ in range(self._benchmark.times):
+            self.measure("plan", (layout, operation, "plan"), inputs, identification=number)
+            patch = self.measure("apply", (layout, operation, "apply"), inputs, identification=number).figures["patch"]
+            shutil.rmtree(target, ignore_errors=True)
+            self.measure(
+                "load+save",
+                (layout, operation, "load+save"),
+                [models["subject"]],
+                patch=patch,
+                source=models["subject"],
+                target=target,
+            )
+            shutil.rmtree(target)
+            self.measure("verify", (layout, operation, "verify"), [models["base"], *inputs])
+            self.measure("revert", (layout, operation, "revert"), inputs)
 
     def measure(self, phase: str, key: tuple[str, ...], inputs: list[Path], **parameters: object) -> Cost:
         """Run a phase over files that were just read, and keep what it took."""
@@ -194,6 +201,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", type=_sizes, default=(0.3, 1.0, 4.0), help="sizes in GB (default 0.3,1,4)")
     parser.add_argument("--directory", type=Path, default=Path(".cache/patching"), help="where everything is made")
     parser.add_argument("--operations", type=_operations, default=OPERATIONS, help="default restore,subspace")
+    parser.add_argument("--times", type=int, default=3, help="runs of each phase of a patch (default 3)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; hashing uses all cores (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and rows (default 0)")
     parser.add_argument("--json", type=Path, help="write every figure to this file")

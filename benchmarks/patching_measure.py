@@ -3,9 +3,10 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 MIB = 2**20
@@ -51,6 +52,17 @@ def measured(work: Callable[[], Mapping[str, Any]]) -> Cost:
         peak_memory=_peak_memory(),
         figures=dict(figures),
     )
+
+
+def typical(costs: Sequence[Cost]) -> Cost:
+    """The median of every figure of several runs of a phase; what is no number is the last run's."""
+    last = costs[-1]
+    numbers = {name: median(getattr(cost, name) for cost in costs) for name in asdict(last) if name != "figures"}
+    figures = {
+        name: median(cost.figures[name] for cost in costs) if isinstance(value, int | float) else value
+        for name, value in last.figures.items()
+    }
+    return Cost(**numbers, figures=figures)
 
 
 def _processor_seconds() -> float:

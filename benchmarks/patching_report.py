@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from patching_measure import MIB, Cost
+from patching_measure import MIB, Cost, typical
 from patching_records import LAYOUTS
 from rich.console import Console
 from rich.table import Table
@@ -18,13 +18,13 @@ SPREAD, SHARE_OF_LOAD_AND_SAVE, PROJECTION_GAIN, REFERENCE_SIZE = 0.2, 0.25, 10.
 
 
 class Results:
-    """Costs by key, `(size, layout, operation, phase)` or shorter, kept in a file as they come."""
+    """Costs of every run by key, `(size, layout, operation, phase)` or shorter, kept in a file as they come."""
 
     def __init__(self, path: Path, parameters: dict[str, Any], machine: dict[str, str]) -> None:
         self._path = path
         self.parameters = parameters
         self.machine = machine
-        self.costs: dict[str, Cost] = {}
+        self.costs: dict[str, list[Cost]] = {}
         self.bytes: dict[str, int] = {}
 
     @classmethod
@@ -34,7 +34,7 @@ class Results:
         if path.is_file():
             held = json.loads(path.read_text())
             if held["parameters"] == parameters:
-                results.costs = {key: Cost(**cost) for key, cost in held["costs"].items()}
+                results.costs = {key: [Cost(**cost) for cost in costs] for key, costs in held["costs"].items()}
                 results.bytes = held["bytes"]
         return results
 
@@ -48,18 +48,24 @@ class Results:
         """The sizes measured, ascending."""
         return sorted(float(size) for size in self.bytes)
 
-    def has(self, *key: object) -> bool:
-        """Whether a phase was measured."""
-        return _joined(key) in self.costs
+    def runs(self, *key: object) -> int:
+        """How often a phase was measured."""
+        return len(self.costs.get(_joined(key), ()))
 
     def get(self, *key: object) -> Cost | None:
-        """What a phase took."""
-        return self.costs.get(_joined(key))
+        """What a phase took, the median of its runs."""
+        costs = self.costs.get(_joined(key))
+        return None if costs is None else typical(costs)
 
     def add(self, key: tuple[object, ...], cost: Cost) -> None:
-        """Keep what a phase took."""
-        self.costs[_joined(key)] = cost
+        """Keep what one run of a phase took."""
+        self.costs.setdefault(_joined(key), []).append(cost)
         self._save()
+
+    def forget(self, *key: object) -> None:
+        """Drop what was measured of a chain of phases."""
+        begin = _joined(key) + "/"
+        self.costs = {name: costs for name, costs in self.costs.items() if not name.startswith(begin)}
 
     def note_bytes(self, size: object, count: int) -> None:
         """Keep how large the checkpoint of a size is."""
@@ -72,7 +78,7 @@ class Results:
             "parameters": self.parameters,
             "machine": self.machine,
             "bytes": self.bytes,
-            "costs": {key: asdict(cost) for key, cost in self.costs.items()},
+            "costs": {key: [asdict(cost) for cost in costs] for key, costs in self.costs.items()},
         }
 
     def memory_beyond_imports(self, size: object, *key: object) -> float | None:
@@ -109,7 +115,8 @@ def print_report(results: Results) -> None:
         console.print(f"{name}: {value}")
     console.print(
         "Files were read once before each phase and earlier writes flushed; 'from disk' says what the page cache had "
-        "lost all the same. 'on cores' is processor time, which other work on the machine changes least.\n"
+        "lost all the same. 'on cores' is processor time, which other work on the machine changes least. Where a phase "
+        "ran several times, every figure is its median.\n"
     )
     for layout, operation in results.chains():
         console.print(chain_table(results, layout, operation))

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,14 +241,15 @@ def test_results_are_taken_up_again_with_the_same_code_and_dropped_with_another(
     again = Results.open(path, {"code": "a"}, {})
     assert again.costs == written.costs
     assert again.sizes == [1.0, 4.0]
-    assert again.has(4.0, EVERY, "restore", "apply")
-    assert not again.has(8.0, EVERY, "restore", "apply")
+    assert again.runs(4.0, EVERY, "restore", "apply") == 1
+    assert again.runs(8.0, EVERY, "restore", "apply") == 0
     assert Results.open(path, {"code": "b"}, {}).costs == {}
-    assert json.loads(path.read_text())["costs"]["1/imports"]["seconds"] == 0
+    assert json.loads(path.read_text())["costs"]["1/imports"][0]["seconds"] == 0
 
 
 def test_measured_sizes_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = patching._options(["--directory", str(tmp_path), "--operations", "restore", "--sizes", "1,4"])
+    arguments = ["--directory", str(tmp_path), "--operations", "restore", "--sizes", "1,4", "--times", "1"]
+    options = patching._options(arguments)
     monkeypatch.setattr(patching, "_code_digest", lambda: "a")
     benchmark = patching.Benchmark(options)
     held = filled(tmp_path / "other.json")
@@ -259,9 +259,21 @@ def test_measured_sizes_are_not_measured_again(tmp_path: Path, monkeypatch: pyte
     benchmark.projection()
     for size in options.sizes:
         benchmark.size(size)
-    del benchmark.results.costs[f"4/{FOURTH}/restore/revert"]
-    with pytest.raises(pytest.fail.Exception, match="models are made"):
-        benchmark.size(4.0)
+    for incomplete in (["--times", "2"], ["--operations", "subspace"]):
+        more = patching.Benchmark(patching._options([*arguments, *incomplete]))
+        more.results.costs.update(held.costs)
+        with pytest.raises(pytest.fail.Exception, match="models are made"):
+            more.size(4.0)
+
+
+def test_figures_of_several_runs_are_their_medians(tmp_path: Path) -> None:
+    results = Results.open(tmp_path / "results.json", {}, {})
+    for seconds, peak, unflushed in ((9.0, 30.0, 1.0), (1.0, 20.0, 3.0), (2.0, 40.0, 2.0)):
+        results.add((1.0, "copy"), cost(seconds, peak, unflushed_seconds=unflushed, file="x"))
+    assert results.get(1.0, "copy") == cost(2, 30, unflushed_seconds=2.0, file="x")
+    results.add((10.0, "copy"), cost(1, 1))
+    results.forget(1.0)
+    assert [results.runs(size, "copy") for size in (1.0, 10.0)] == [0, 1]
 
 
 def test_a_size_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path) -> None:
@@ -320,6 +332,6 @@ def test_the_tables_show_every_phase_at_every_size(tmp_path: Path) -> None:
 def test_peak_memory_is_told_beyond_that_of_the_imports(tmp_path: Path) -> None:
     results = filled(tmp_path / "results.json")
     assert results.memory_beyond_imports(1.0, EVERY, "restore", "plan") == 100
-    results.costs["1/imports"] = replace(results.costs["1/imports"], peak_memory=0)
+    results.costs["1/imports"] = [cost(0, 0)]
     assert results.memory_beyond_imports(1.0, EVERY, "restore", "plan") == 350
     assert results.memory_beyond_imports(2.0, EVERY, "restore", "plan") is None
