@@ -18,8 +18,8 @@ from algorithms.weights import LoraFactors, WeightSource, row_blocks
 # Half the usual block: a difference holds two operands and the result at once.
 BLOCK_BYTES = 16 * 2**20
 # What is read through once and let go: it stays in a processor's cache, and narrow modules fill a block too, so that
-# memory does not depend on how wide a model is.
-STREAM_BYTES = 2**20
+# memory does not depend on how wide a model is. Smaller blocks take time, larger ones memory.
+STREAM_BYTES = 2**19
 
 
 @runtime_checkable

@@ -16,11 +16,13 @@ from typing import Protocol
 from blake3 import blake3
 
 from algorithms.errors import CheckpointError
-from algorithms.parallel import in_parallel
 from algorithms.safetensors_files import StoredTensor, read_exactly
 from algorithms.tokenizer_content import TokenizerContent
 
 CHUNK_BYTES = 2**20
+"""How much of a file is read at once where two threads hash it: handing over a chunk takes time too."""
+PIECE_BYTES = 2**18
+"""How much is read at once where one thread hashes it."""
 SHA256 = "sha256"
 BLAKE3 = "blake3"
 TENSOR_ALGORITHM = BLAKE3
@@ -117,32 +119,19 @@ def digest_file(path: Path) -> str:
     return digest_weight_file(path, ()).sha256
 
 
-def digest_tensors(directory: Path, tensors: Iterable[tuple[StoredTensor, str]]) -> dict[str, str]:
-    """Digest tensors of a model's files, several at a time; nothing else of the files is read.
-
-    Args:
-        directory: where the files lie.
-        tensors: tensors, each with the algorithm of its digest.
-
-    Returns:
-        Tensor name -> digest in hexadecimal.
+def digest_tensor(directory: Path, tensor: StoredTensor, algorithm: str) -> str:
+    """Digest of a tensor's bytes in a model's files, in hexadecimal; nothing else of the file is read.
 
     Raises:
-        CheckpointError: a file cannot be read, or ends early.
+        CheckpointError: the file cannot be read, or ends early.
     """
-    wanted = list(tensors)
-    found = in_parallel(lambda pair: _digest_range(directory, *pair), wanted, lambda pair: pair[0].end - pair[0].begin)
-    return {tensor.name: digest for (tensor, _), digest in zip(wanted, found, strict=True)}
-
-
-def _digest_range(directory: Path, tensor: StoredTensor, algorithm: str) -> str:
     running = new_hash(algorithm)
     for piece in read_pieces(directory / tensor.file, tensor.begin, tensor.end):
         running.update(piece)
     return running.hexdigest()
 
 
-def read_pieces(path: Path, begin: int, end: int, piece_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
+def read_pieces(path: Path, begin: int, end: int, piece_bytes: int = PIECE_BYTES) -> Iterator[memoryview]:
     """The bytes `begin` to `end` of a file in pieces. Each is writable, and valid only until the next is asked for.
 
     Raises:

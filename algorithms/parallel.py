@@ -5,8 +5,9 @@ it does not depend on how many there are: results come in the order in which the
 """
 
 import os
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 Part = TypeVar("Part")
@@ -36,29 +37,61 @@ def in_parallel(
     Args:
         work: what is done with each part, in a thread that is not the caller's. It writes at most to places that are
             its part's alone.
-        parts: the parts; they do not depend on one another.
-        size: how large a part is. The largest is begun first, so that it is not the last one to end; left out, parts
-            are begun in their order.
+        parts: the parts; they do not depend on one another. What makes them works in the caller's thread.
+        size: how large a part is. The largest is begun first, so that it is not the last one to end; left out, each
+            part is begun as soon as it is there.
         most: threads at most, where each needs much memory.
 
     Yields:
         What came of each part, in the order of the parts.
 
     Raises:
-        Exception: what `work` raised of the first part, in their order, of which it raised anything. Parts that had not
-            begun by then are left.
+        Exception: what the parts' making raised; else what `work` raised of the first part, in their order, of which it
+            raised anything. Parts that had not begun by then are left.
     """
-    given = list(parts)
-    positions = list(range(len(given)))
+    numbered: Iterable[tuple[int, Part]] = enumerate(parts)
     if size is not None:
-        positions.sort(key=lambda position: -size(given[position]))
+        numbered = sorted(numbered, key=lambda pair: -size(pair[1]))
     with ThreadPoolExecutor(max_workers=min(THREADS, most or THREADS)) as pool:
-        running: dict[int, Future[Result]] = {position: pool.submit(work, given[position]) for position in positions}
+        running: dict[int, Future[Result]] = {}
         try:
-            for position in range(len(given)):
+            for position, part in numbered:
+                running[position] = pool.submit(work, part)
+            for position in range(len(running)):
                 result = running[position].result()
                 del running[position]
                 yield result
         finally:
             for left in running.values():
                 left.cancel()
+
+
+def trailing(work: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[Result]:
+    """Do the same work on parts one after another in another thread, on each while the next one is made.
+
+    Args:
+        work: what is done with each part; it is done with every part that was made, whatever fails afterwards.
+        parts: the parts, made in the caller's thread.
+
+    Yields:
+        What came of each part, in order.
+
+    Raises:
+        Exception: what the parts' making raised, or `work` of the first part of which it raised anything.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        before: Future[Result] | None = None
+        for part in parts:
+            running = pool.submit(work, part)
+            if before is not None:
+                yield before.result()
+            before = running
+        if before is not None:
+            yield before.result()
+
+
+@contextmanager
+def beside(work: Callable[[], Result]) -> Iterator[Future[Result]]:
+    """Do `work` in another thread while the caller does what is inside; it has ended once that is left."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        yield pool.submit(work)

@@ -124,7 +124,8 @@ def _prepared_again(workspace: Workspace, lineage: LineageState, sequence: int) 
         ]
         told = [event_payload(event) for event in ledger.events(session, where=where)]
         planned = next((each for each in told if each.get("patch") == sequence), {})
-        path = workspace.store.verify(patch.artifact_digest or "")
+        digest = patch.artifact_digest or ""
+        path = workspace.store.verify(digest)
         plan = ChangePlan(
             lineage=lineage,
             dimension=patch.dimension.name,
@@ -142,7 +143,7 @@ def _prepared_again(workspace: Workspace, lineage: LineageState, sequence: int) 
     with telling_writers_apart(workspace, lineage.name, lineage.state_digest):
         expected = check_change(files)
     judged = planned.get("digest_judged")
-    ready = PreparedPatch(plan, path, (), expected, identify=lambda _: identification)
+    ready = PreparedPatch(plan, path, digest, (), expected, identify=lambda _: identification)
     return ready, judged if isinstance(judged, str) else None
 
 

@@ -116,10 +116,10 @@ class ArtifactHeader:
 
 
 class ArtifactWriter(TensorFileWriter):
-    """Writes a patch artifact row block by row block."""
+    """Writes a patch artifact row block by row block; the store flushes it."""
 
     def __init__(self, path: Path, header: ArtifactHeader) -> None:
-        super().__init__(path, list(artifact_specs(header)), {FORMAT: header.to_json()})
+        super().__init__(path, list(artifact_specs(header)), {FORMAT: header.to_json()}, flush=False)
 
 
 class PatchArtifact:

@@ -19,18 +19,17 @@ from governance.direction_checks import first_conflict, unlike_head
 from governance.dry_runs import rehearse
 from governance.errors import PatchFileError, PlanError
 from governance.gate_rules import RuleResult
-from governance.lineage_state import LineageState, read_lineage, telling_writers_apart
+from governance.lineage_state import LineageState, read_lineage
 from governance.patch_artifact import ArtifactModule, PatchArtifact, open_artifact
 from governance.patch_file import PatchFile, extract_artifact, open_patch_file
 from governance.patch_records import PatchSummary
 from governance.patching import submit_patch
 from governance.planned_rows import artifact_module
-from governance.planning import ChangePlan, ModulePlan, PreparedPatch, require_head
+from governance.planning import ChangePlan, ModulePlan, PreparedPatch, require_head, sealed
 from governance.provenance import ModelOrigin, Origin, OriginSummary, Provenance, origin_summary
 from governance.row_figures import ModuleOutcome, RowFigures
 from governance.tensor_file import DTYPES
 from governance.working_checkpoint import require_space
-from governance.working_files import Change, LineageFiles, check_change
 from governance.workspace import Workspace
 from registry import claims, queries
 from registry.bulk import insert_rows
@@ -172,15 +171,12 @@ def _prepared(
             neurons_selected=sum(len(module.rows) for module in modules if not module.directions),
             neurons_protected=0,
         )
-        change = Change(artifact=path, side="new", applied_after=())
-        files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
-        with telling_writers_apart(workspace, lineage_name, lineage.state_digest):
-            expected = check_change(files)
+        digest, expected = sealed(workspace, lineage, path)
         with workspace.registry.read() as session:
             require_head(queries.get_lineage(session, lineage_name), lineage)
         origin = Origin(exported.provenance, file_sha256)
         identify = partial(_record_identification, workspace, plan, origin)
-        yield PreparedPatch(plan, path, outcomes, expected, identify, origin)
+        yield PreparedPatch(plan, path, digest, outcomes, expected, identify, origin)
 
 
 def _require_subject(workspace: Workspace, lineage: LineageState, exported: PatchFile) -> None:

@@ -6,8 +6,8 @@ checkpoint.
 
 1. the artifact with old and new bytes is committed to the store;
 2. the registry says `applying` (or `reverting`), the ledger holds the intent, and the lineage is locked;
-3. the rows are written in place and flushed;
-4. every tensor of every written file is hashed: touched ones must have the digest worked out beforehand, all others
+3. the rows are written in place, file by file, and flushed;
+4. every tensor of a file that is flushed is hashed: touched ones must have the digest worked out beforehand, all others
    the one that was recorded;
 5. claims, state, digests and the result event are committed together, the head moves, and the lock is given back.
 
@@ -55,7 +55,8 @@ def submit_patch(workspace: Workspace, ready: PreparedPatch, reason: str = "") -
     Returns and Raises: as `apply_patch`.
     """
     decision = judge_patch(workspace, ready)
-    artifact_digest = workspace.store.commit(ready.artifact)
+    artifact_digest = ready.artifact_digest
+    workspace.store.keep(ready.artifact, artifact_digest)
     if not decision.passed:
         return patch_transactions.record_unwritten(workspace, ready, "rejected", artifact_digest, reason, decision)
     if decision.approvals_needed:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from algorithms.editors import Editor, EditSources, Selection
 from algorithms.kept_directions import KeepingEditor, RebasedEditor
+from algorithms.operations import RowEdit
 from algorithms.parallel import in_parallel
 from algorithms.settings import FgsnSettings
 from algorithms.weights import AdapterWeights
@@ -104,7 +105,7 @@ class PlannedRows:
             yield from in_parallel(write, modules, lambda module: module.rows * module.in_features, most=ROW_THREADS)
 
     def _write(self, writer: ArtifactWriter, module: ArtifactModule, rows: Tensor) -> ModuleOutcome:
-        dtype, position = DTYPES[module.dtype], 0
+        dtype = DTYPES[module.dtype]
         editor, figures = self._editor(module.name, rows), RowFigures(module.name)
         claimed = self.selection.directions(module.name)
         writer.put(f"{module.name}/rows", editor.row_index)
@@ -112,13 +113,17 @@ class PlannedRows:
             writer.put(f"{module.name}/directions", claimed.float())
         if editor.extension is not None and module.extension:
             writer.put(f"{module.name}/extension", editor.extension.to(dtype))
-        for edit in editor.edits():
+
+        def put(edit: RowEdit) -> None:
             # Rows are read as float32, which holds every stored dtype exactly.
             old, new = edit.before.to(dtype), edit.values.to(dtype)
-            writer.put(f"{module.name}/old", old, position)
-            writer.put(f"{module.name}/new", new, position)
+            writer.put(f"{module.name}/old", old, figures.rows)
+            writer.put(f"{module.name}/new", new, figures.rows)
             figures.add(old, new)
-            position += len(edit.rows)
+
+        for edit in editor.edits():
+            put(edit)
+            del edit  # the next one needs the room
         return figures.outcome()
 
     def _editor(self, name: str, rows: Tensor) -> Editor:

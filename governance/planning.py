@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from torch import Tensor
 
 from algorithms.editors import EditSources, Selection, Settings
+from algorithms.parallel import beside
 from algorithms.selection import new_rows
 from governance.errors import PlanError, SpaceError
 from governance.gate_rules import RuleResult
@@ -122,11 +123,12 @@ class PatchPlan(ChangePlan):
 
 @dataclass(frozen=True)
 class PreparedPatch:
-    """A plan whose rows are computed and lie in a temporary artifact.
+    """A plan whose rows are computed and lie in an artifact, a temporary one unless the patch was recorded before.
 
     Attributes:
         plan: what was planned.
-        artifact: the rows.
+        artifact: the rows, sealed.
+        artifact_digest: SHA-256 of the artifact.
         outcomes: what the rows of each touched module came to.
         expected: what `check_change` returned: the digests that touched tensors will have.
         identify: gives the id of the patch's identification; where there is none yet, records it in the session that
@@ -136,6 +138,7 @@ class PreparedPatch:
 
     plan: ChangePlan
     artifact: Path
+    artifact_digest: str
     outcomes: tuple[ModuleOutcome, ...]
     expected: Mapping[str, str]
     identify: Callable[[Session], int]
@@ -210,13 +213,14 @@ def _plan(workspace: Workspace, lineage_name: str, identification_id: int) -> Pa
 
 @contextmanager
 def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
-    """Compute every new row into a temporary artifact, which is removed at exit unless it was committed.
+    """Compute every new row into a temporary artifact, which is removed at exit unless it was kept.
 
     Raises:
         RegistryBusyError: the head moved since the plan was made.
         NonFiniteError: a row cannot be computed.
         SettingsError, MismatchError: the operation cannot be applied to this subject.
         SpaceError: the artifact or the working checkpoint cannot be written.
+        ArtifactStoreError: the artifact cannot be flushed.
         WeightsChangedError: what would change is not what was recorded.
     """
     lineage = plan.lineage
@@ -231,11 +235,28 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
                 f"the patch artifact in {workspace.store.directory} cannot be written ({error.strerror or error})",
                 "free space there, or mend its permissions",
             ) from error
-        change = Change(artifact=path, side="new", applied_after=())
-        files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
+        digest, expected = sealed(workspace, lineage, path)
+        yield PreparedPatch(plan, path, digest, outcomes, expected, identify=lambda _: plan.identification_id)
+
+
+def sealed(workspace: Workspace, lineage: LineageState, artifact: Path) -> tuple[str, Mapping[str, str]]:
+    """Seal a new artifact, while what it would change is checked.
+
+    Returns:
+        SHA-256 of the artifact, and what `check_change` returned.
+
+    Raises:
+        SpaceError: the artifact or the working checkpoint cannot be written.
+        ArtifactStoreError: the artifact cannot be flushed.
+        WeightsChangedError: what would change is not what was recorded.
+        RegistryBusyError: another patch was applied or reverted meanwhile.
+    """
+    change = Change(artifact=artifact, side="new", applied_after=())
+    files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
+    with beside(lambda: workspace.store.seal(artifact)) as sealing:
         with telling_writers_apart(workspace, lineage.name, lineage.state_digest):
             expected = check_change(files)
-        yield PreparedPatch(plan, path, outcomes, expected, identify=lambda _: plan.identification_id)
+        return sealing.result(), expected
 
 
 def _computed(workspace: Workspace, plan: PatchPlan, path: Path) -> tuple[ModuleOutcome, ...]:

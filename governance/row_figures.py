@@ -28,19 +28,19 @@ class ModuleOutcome:
 
 
 class RowFigures:
-    """Figures of one module's rows, gathered block by block."""
+    """Figures of one module's rows, gathered block by block; `rows` counts them."""
 
     def __init__(self, module: str) -> None:
         self._module = module
-        self._rows = self._unchanged = 0
+        self.rows = self._unchanged = 0
         self._change = self._before = self._after = 0.0
 
     def add(self, old: Tensor, new: Tensor) -> None:
         """Count a block of rows, old (n, width) and new (n, width + extension) in the file's dtype."""
         wide = widened(old, new.shape[1])
-        self._rows += len(new)
+        self.rows += len(new)
         self._unchanged += int((stored_bits(wide) == stored_bits(new)).all(dim=1).sum())
-        self._change += squared_norm(new.float() - wide.float())
+        self._change += squared_norm(new.float() - wide)
         self._before += squared_norm(old)
         self._after += squared_norm(new)
 
@@ -48,7 +48,7 @@ class RowFigures:
         """Return the figures of all rows so far."""
         return ModuleOutcome(
             module=self._module,
-            rows=self._rows,
+            rows=self.rows,
             rows_unchanged=self._unchanged,
             change_norm=self._change**0.5,
             norm_before=self._before**0.5,

@@ -5,8 +5,8 @@ the storage rows that it crosses are rewritten with the other columns as they ar
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from algorithms.checkpoints import Checkpoint, StoredTensor
 from algorithms.digests import TENSOR_ALGORITHM, new_hash, read_pieces
-from algorithms.parallel import in_parallel
+from algorithms.parallel import in_parallel, trailing
 from governance.patch_artifact import BLOCK_BYTES, ArtifactModule, PatchArtifact, Side
 from governance.tensor_file import DTYPES, tensor_bytes
 from registry.files import write_at
@@ -66,13 +66,24 @@ def tensor_changes(
 def write_rows(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) -> tuple[str, ...]:
     """Rewrite the artifact's rows in place and flush them to the disk.
 
+    Args and Raises: as `writing_rows`.
+
+    Returns:
+        Names of the files that were written to.
+    """
+    return tuple(writing_rows(checkpoint, artifact, side))
+
+
+def writing_rows(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) -> Generator[str, None, None]:
+    """Rewrite the artifact's rows in place, file by file; each is flushed to the disk while the next is written.
+
     Args:
         checkpoint: the working checkpoint, opened afresh.
         artifact: the rows.
         side: `new` to apply, `old` to take back.
 
-    Returns:
-        Names of the files that were written to.
+    Yields:
+        The name of each file, once it is flushed. Once it is closed, no thread is at work on a file any more.
 
     Raises:
         OSError: a file cannot be opened, written or flushed.
@@ -80,12 +91,23 @@ def write_rows(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) -> t
     by_file: dict[str, list[ArtifactModule]] = {}
     for module in artifact.modules:
         by_file.setdefault(checkpoint.stored(module.tensor).file, []).append(module)
-    for file, modules in by_file.items():
-        with closing(_InPlaceFile(checkpoint.path / file)) as target:
-            for module in modules:
-                _write_module(target, checkpoint, artifact, module, side)
-            target.sync()
-    return tuple(by_file)
+
+    def written() -> Iterator[_InPlaceFile]:
+        for file, modules in by_file.items():
+            with ExitStack() as held:
+                target = held.enter_context(closing(_InPlaceFile(checkpoint.path / file)))
+                for module in modules:
+                    _write_module(target, checkpoint, artifact, module, side)
+                held.pop_all()  # who flushes it closes it
+            yield target
+
+    yield from trailing(_flushed, written())
+
+
+def _flushed(target: "_InPlaceFile") -> str:
+    with closing(target):
+        target.sync()
+    return target.path.name
 
 
 @dataclass(frozen=True)
@@ -104,7 +126,7 @@ class Block:
 
 class _InPlaceFile:
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
 
     def put(self, offset: int, content: bytes | memoryview) -> None:
@@ -121,7 +143,7 @@ class _InPlaceFile:
         try:
             yield
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -114,12 +114,16 @@ class TensorFileWriter:
         path: file to create; it must not exist.
         specs: the tensors, laid out in this order.
         metadata: text to text, kept in the header.
+        flush: whether leaving it flushes the file to the disk; if not, somebody else does.
 
     Raises:
         OSError: the file cannot be created or written.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], *, flush: bool = True
+    ) -> None:
+        self._flush = flush
         self._offsets: dict[str, tuple[int, TensorSpec]] = {}
         position = 0
         for spec in specs:
@@ -159,7 +163,7 @@ class TensorFileWriter:
         with self._lock:
             descriptor, self._descriptor = self._descriptor, _CLOSED
         try:
-            if kind is None:
+            if kind is None and self._flush:
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -18,7 +18,7 @@ from algorithms.digests import (
     SHA256,
     TENSOR_ALGORITHM,
     digest_file,
-    digest_tensors,
+    digest_tensor,
     named_digest,
     read_pieces,
     state_digest,
@@ -248,19 +248,23 @@ def _digest_of_file(path: Path, algorithm: str, algorithms: Mapping[str, str]) -
 def measure_tensors(
     directory: Path, tensors: Iterable[StoredTensor], algorithms: Mapping[str, str]
 ) -> tuple[TensorState, ...]:
-    """Hash tensors of a model's files, and nothing else of the files.
+    """Hash tensors of a model's files, several at a time, and nothing else of the files.
 
     Args:
         directory: where the files lie.
-        tensors: what to hash.
+        tensors: what to hash, each begun as soon as it is there.
         algorithms: tensor name → the algorithm that its recorded digest is in.
 
     Raises:
         CheckpointError: a file cannot be read, or ends early.
     """
-    wanted = [(tensor, algorithms.get(tensor.name, TENSOR_ALGORITHM)) for tensor in tensors]
-    digests = digest_tensors(directory, wanted)
-    return tuple(TensorState(t.name, t.shape, t.dtype, t.file, digests[t.name], a) for t, a in wanted)
+
+    def measured(tensor: StoredTensor) -> TensorState:
+        algorithm = algorithms.get(tensor.name, TENSOR_ALGORITHM)
+        digest = digest_tensor(directory, tensor, algorithm)
+        return TensorState(tensor.name, tensor.shape, tensor.dtype, tensor.file, digest, algorithm)
+
+    return tuple(in_parallel(measured, tensors))
 
 
 def tree_state(directory: Path, header: SafetensorsHeader, tensors: Iterable[TensorState]) -> FileState:

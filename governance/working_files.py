@@ -7,8 +7,8 @@ of all applied patches, and written whole.
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from algorithms.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
 from algorithms.checkpoints import Checkpoint
 from algorithms.digests import new_hash
 from algorithms.errors import AdapterError, CheckpointError
-from algorithms.safetensors_files import read_header
+from algorithms.safetensors_files import SafetensorsHeader, StoredTensor, read_header
 from governance.adapter_files import ComposedAdapter, compose_adapter, config_bytes, remove_unfinished, write_adapter
 from governance.errors import SpaceError, WeightsChangedError
 from governance.lineage_state import Recorded
 from governance.patch_artifact import Side, open_artifact
-from governance.row_files import tensor_changes, write_rows
+from governance.row_files import tensor_changes, write_rows, writing_rows
 from governance.tensor_file import tensor_bytes
 from governance.weight_state import (
     FileState,
@@ -117,8 +117,8 @@ def write_change(files: LineageFiles, expected: Mapping[str, str]) -> FilesAfter
     with open_artifact(files.change.artifact) as artifact:
         if artifact.header.form == "adapter":
             return _rewrite_adapter(files)
-        written = write_rows(Checkpoint.open(files.working), artifact, files.change.side)
-    return _proved(files, written, expected)
+        with closing(writing_rows(Checkpoint.open(files.working), artifact, files.change.side)) as written:
+            return _proved(files, written, expected)
 
 
 def compose_in(directory: Path, files: LineageFiles) -> str:
@@ -183,8 +183,8 @@ def measure_working(working: Path, recorded: Recorded) -> FilesAfter:
     return _measured(working, recorded, _all_files(recorded))
 
 
-def _proved(files: LineageFiles, written: tuple[str, ...], expected: Mapping[str, str]) -> FilesAfter:
-    """Read the written files back: touched tensors are as expected, all others as recorded."""
+def _proved(files: LineageFiles, written: Iterable[str], expected: Mapping[str, str]) -> FilesAfter:
+    """Read the written files back, each once it is given: touched tensors are as expected, all others as recorded."""
     after = _measured(files.working, files.recorded, written)
     digests = {name: state.digest for name, state in files.recorded.tensors.items()}
     _require_expected(files.working, after, digests | dict(expected))
@@ -248,25 +248,36 @@ def _composed(files: LineageFiles) -> Iterator[tuple[Adapter, ComposedAdapter]]:
         yield adapter, compose_adapter(adapter, opened)
 
 
-def _measured(working: Path, recorded: Recorded, chosen: Sequence[str]) -> FilesAfter:
-    """Hash the chosen files again, tensor by tensor; the others keep what was recorded."""
-    files = {file.file: file for file in recorded.files if file.file not in chosen}
-    tensors = {name: tensor for name, tensor in recorded.tensors.items() if tensor.file not in chosen}
+def _measured(working: Path, recorded: Recorded, chosen: Iterable[str]) -> FilesAfter:
+    """Hash the chosen files again, tensor by tensor; the others keep what was recorded.
+
+    What gives the files may write them: a file is hashed by other threads as soon as it is given.
+    """
     weight_files = {tensor.file for tensor in recorded.tensors.values()}
-    headers = [read_header(working / file) for file in chosen if file in weight_files]
-    stored = [tensor for header in headers for tensor in header.tensors.values()]
-    found = measure_tensors(working, stored, recorded.algorithms)
+    headers: list[SafetensorsHeader] = []
+    written: list[str] = []
+
+    def stored() -> Iterator[StoredTensor]:
+        for file in chosen:
+            written.append(file)
+            if file in weight_files:
+                headers.append(read_header(working / file))
+                yield from headers[-1].tensors.values()
+
+    found = measure_tensors(working, stored(), recorded.algorithms)
+    files = {file.file: file for file in recorded.files if file.file not in written}
+    tensors = {name: tensor for name, tensor in recorded.tensors.items() if tensor.file not in written}
     tensors.update({tensor.name: tensor for tensor in found})
     for header in headers:
         files[header.file] = tree_state(working, header, [tensor for tensor in found if tensor.file == header.file])
-    for file in chosen:
+    for file in written:
         if file not in weight_files:
             files[file] = measure_plain_file(working, file)
     return FilesAfter(
         files=tuple(sorted(files.values(), key=lambda file: file.file)),
         tensors=tensors,
         digest=digest_of(tensors.values(), files.values()),
-        written=tuple(chosen),
+        written=tuple(written),
     )
 
 

@@ -18,7 +18,6 @@ from registry.processes import Owner, this_process
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY = ".writing"
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,9 @@ class ArtifactStore:
 
     @contextmanager
     def writer(self) -> Iterator[Path]:
-        """A path in the store for a new file, to be written and then given to `commit`. Removed at exit if it was not.
+        """A path in the store for a new file, to be written and given to `commit`, or to `seal` and then `keep`.
+
+        Removed at exit if it was not kept.
 
         Raises:
             ArtifactStoreError: the store cannot be written.
@@ -46,13 +47,11 @@ class ArtifactStore:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def commit(self, temporary: Path) -> str:
-        """Flush a file that `writer` gave and move it to its digest.
-
-        Committing content that is there already replaces the file with the same bytes, which also mends a damaged one.
+    def seal(self, temporary: Path) -> str:
+        """Flush a file that `writer` gave and let nobody write to it any more.
 
         Returns:
-            the SHA-256 of the content, in hexadecimal.
+            the SHA-256 of its content, in hexadecimal.
 
         Raises:
             ArtifactStoreError: the store cannot be written.
@@ -62,7 +61,20 @@ class ArtifactStore:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.chmod(0o400)
-            target = self._target(digest)
+        except OSError as error:
+            raise self._not_writable(error) from error
+        return digest
+
+    def keep(self, temporary: Path, digest: str) -> None:
+        """Move a sealed file to its digest.
+
+        Keeping content that is there already replaces the file with the same bytes, which also mends a damaged one.
+
+        Raises:
+            ArtifactStoreError: the store cannot be written.
+        """
+        target = self._target(digest)
+        try:
             if not target.parent.is_dir():
                 target.parent.mkdir(exist_ok=True)
                 sync_directory(self.directory)
@@ -70,6 +82,15 @@ class ArtifactStore:
             sync_directory(target.parent)
         except OSError as error:
             raise self._not_writable(error) from error
+
+    def commit(self, temporary: Path) -> str:
+        """Seal and keep a file that `writer` gave, and return its digest.
+
+        Raises:
+            ArtifactStoreError: the store cannot be written.
+        """
+        digest = self.seal(temporary)
+        self.keep(temporary, digest)
         return digest
 
     def put_bytes(self, content: bytes) -> str:
@@ -196,8 +217,5 @@ def _writer(temporary: Path) -> Owner:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

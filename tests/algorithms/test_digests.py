@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from algorithms import digests, parallel
+from algorithms import digests
 from algorithms.checkpoints import Checkpoint, StoredTensor
 from algorithms.digests import (
     digest_file,
-    digest_tensors,
+    digest_tensor,
     digest_weight_file,
     named_digest,
     new_hash,
@@ -57,8 +57,8 @@ def test_one_pass_gives_the_digests_of_separate_passes(tmp_path, monkeypatch, co
     assert found.sha256 == sha256(content) == digest_file(path)
     assert found.tensors == {tensor.name: blake(content[tensor.begin : tensor.end]) for tensor in tensors}
     for algorithm, plain in (("blake3", blake), ("sha256", sha256)):
-        apart = digest_tensors(tmp_path, [(tensor, algorithm) for tensor in tensors])
-        assert apart == {tensor.name: plain(content[tensor.begin : tensor.end]) for tensor in tensors}
+        for tensor in tensors:
+            assert digest_tensor(tmp_path, tensor, algorithm) == plain(content[tensor.begin : tensor.end])
 
 
 def test_digests_of_a_sharded_checkpoint_are_those_of_its_tensors(tmp_path):
@@ -76,15 +76,6 @@ def test_a_file_that_ends_before_its_tensors_is_refused(tmp_path):
     path.write_bytes(bytes(10))
     with pytest.raises(CheckpointError, match="tensor a ends at 11"):
         digest_weight_file(path, [stored("a", 0, 11)])
-
-
-@pytest.mark.parametrize("threads", [1, 8])
-def test_of_several_tensors_that_cannot_be_read_the_first_is_named(tmp_path, monkeypatch, threads):
-    monkeypatch.setattr(parallel, "THREADS", threads)
-    (tmp_path / "weights").write_bytes(bytes(10))
-    tensors = [stored("whole", 0, 10), *(StoredTensor(n, "U8", (9,), n, 0, 9 + i) for i, n in enumerate("bca"))]
-    with pytest.raises(CheckpointError, match="/b cannot be read"):
-        digest_tensors(tmp_path, [(tensor, "blake3") for tensor in tensors])
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):

@@ -3,14 +3,14 @@
 import os
 import time
 from concurrent.futures import Future
-from threading import Event, Lock
+from threading import Event, Lock, current_thread
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from algorithms import parallel
-from algorithms.parallel import in_parallel, usable_cores
+from algorithms.parallel import beside, in_parallel, trailing, usable_cores
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -102,3 +102,106 @@ def test_cores_that_the_process_may_not_use_are_not_counted(monkeypatch):
     assert usable_cores() == 2
     monkeypatch.delattr(os, "sched_getaffinity")
     assert usable_cores() == 64
+
+
+def test_a_part_is_at_work_while_the_next_is_made_in_the_callers_thread(monkeypatch):
+    monkeypatch.setattr(parallel, "THREADS", 1)
+    done = Event()
+
+    def parts():
+        yield 1
+        assert done.wait(10)
+        assert current_thread() is caller
+        yield 2
+
+    caller = current_thread()
+    assert list(in_parallel(lambda part: done.set() or part, parts())) == [1, 2]
+
+
+def test_an_error_of_the_making_of_parts_is_raised_when_those_at_work_have_ended(monkeypatch):
+    monkeypatch.setattr(parallel, "THREADS", 1)
+    begun, ended = Event(), Event()
+    worked: list[int] = []
+
+    def work(part: int) -> None:
+        begun.set()
+        worked.append(part)
+        time.sleep(0.05)
+        ended.set()
+
+    def parts():
+        yield from (1, 2)
+        assert begun.wait(10)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        list(in_parallel(work, parts()))
+    assert ended.is_set()
+    assert worked == [1]
+
+
+def test_what_is_done_beside_has_ended_when_the_caller_fails():
+    ended = Event()
+
+    def work() -> None:
+        time.sleep(0.05)
+        ended.set()
+
+    with pytest.raises(ZeroDivisionError), beside(work):
+        raise ZeroDivisionError
+    assert ended.is_set()
+
+
+def test_what_is_done_beside_fails_where_it_is_asked_for():
+    def work() -> int:
+        raise ValueError("beside")
+
+    with beside(work) as running:
+        pass
+    with pytest.raises(ValueError, match="beside"):
+        running.result()
+
+
+def test_a_part_is_worked_on_while_the_next_is_made_and_given_before_the_one_after():
+    told: list[str] = []
+    working = Event()
+
+    def work(part: int) -> int:
+        working.set()
+        return -part
+
+    def parts():
+        for part in (1, 2, 3):
+            told.append(f"made {part}")
+            yield part
+            assert working.wait(10)  # nobody has asked for the result of this part yet
+            working.clear()
+
+    told.extend(f"given {result}" for result in trailing(work, parts()))
+    assert told == ["made 1", "made 2", "given -1", "made 3", "given -2", "given -3"]
+    assert list(trailing(work, [])) == []
+
+
+def test_every_part_that_was_made_is_worked_on_though_the_next_cannot_be_made():
+    worked: list[int] = []
+
+    def parts():
+        yield from (1, 2)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        list(trailing(worked.append, parts()))
+    assert worked == [1, 2]
+
+
+def test_what_work_raises_is_raised_when_the_parts_made_meanwhile_have_been_worked_on():
+    worked: list[int] = []
+
+    def work(part: int) -> None:
+        worked.append(part)
+        if part == 1:
+            raise ValueError("the first")
+
+    with pytest.raises(ValueError, match="the first"):
+        list(trailing(work, [1, 2, 3]))
+    assert worked == [1, 2]

@@ -11,9 +11,10 @@ import io
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import RLock
 from typing import Any, Literal
 
 import pytest
@@ -58,6 +59,7 @@ class Fault:
     once: bool = True
     points: list[str] = field(default_factory=list, init=False)
     unflushed: Unflushed = field(default_factory=Unflushed, init=False)
+    lock: AbstractContextManager[object] = field(default_factory=RLock, init=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -83,27 +85,32 @@ class Fault:
         """
         if (self.kind is not None and kind != self.kind) or not path.is_relative_to(self.directory):
             return None
-        self.points.append(f"{kind} {path.relative_to(self.directory)}")
+        with self.lock:  # several threads may come to points at once
+            self.points.append(f"{kind} {path.relative_to(self.directory)}")
+            number = self.count
         goes_on = not self.once and self.struck and (kind in TAKES_SPACE or kind == self.kind)
-        if self.effect is None or not (self.count == self.at or goes_on):
+        if self.effect is None or not (number == self.at or goes_on):
             return None
         if callable(self.effect):
             self.effect()
             return None
-        stored = tear() if tear is not None and self.count == self.at else None
+        stored = tear() if tear is not None and number == self.at else None
         if self.effect == "short write":
             return stored
         if self.effect == "power cut":
-            self.at = 0  # taking changes back is no point itself
-            self.unflushed.lose()
+            with self.lock:  # no other thread goes on while changes are taken back
+                self.at = 0  # taking changes back is no point itself
+                self.unflushed.lose()
+                os.kill(os.getpid(), signal.SIGKILL)
         if isinstance(self.effect, str):
             os.kill(os.getpid(), signal.SIGKILL)
         raise _database_error(self.effect, dialect) if dialect is not None else self.effect  # type: ignore[misc]
 
     def remember(self, change: Callable[[Unflushed], None]) -> None:
         """Keep what a power cut would take back."""
-        if self.effect == "power cut" and self.at:
-            change(self.unflushed)
+        with self.lock:
+            if self.effect == "power cut" and self.at:
+                change(self.unflushed)
 
 
 @contextmanager

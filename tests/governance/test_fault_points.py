@@ -33,8 +33,10 @@ from tests.governance.faults import Effect, Fault, killed, struck_by
 from tests.governance.scenarios import Scenario, Trio, build, digests
 
 Act = Callable[[Workspace], object]
-Subject = Literal["full", "lora", "lora that gains rank", "full, directions", "lora, directions"]
-SUBJECTS: tuple[Subject, ...] = ("full", "lora", "lora that gains rank", "full, directions", "lora, directions")
+Subject = Literal["full", "lora", "lora that gains rank", "full, directions", "lora, directions", "full, in shards"]
+SUBJECTS: tuple[Subject, ...] = (
+    "full", "lora", "lora that gains rank", "full, directions", "lora, directions", "full, in shards",
+)  # fmt: skip
 ADAPTED = ["down_proj"]
 SETTINGS: dict[str, Any] = {"budget": 0.05}
 DIRECTIONS: dict[str, Any] = {
@@ -163,7 +165,8 @@ def stages(
     def stage(database: str, subject: Subject, action: str) -> Stage:
         if (database, subject, action) not in made:
             full, directed = subject.startswith("full"), subject.endswith("directions")
-            trio = trios() if full else adapter_trios(on_aligned=subject == "lora", targets=ADAPTED)
+            shards = "10KB" if subject.endswith("shards") else None
+            trio = trios(shard_size=shards) if full else adapter_trios(on_aligned=subject == "lora", targets=ADAPTED)
             settings = DIRECTIONS if directed else SETTINGS
             databases: Databases = request.getfixturevalue(f"{database}_databases")
             place = tmp_path_factory.mktemp("stage")
@@ -221,7 +224,8 @@ FULL, GROWING = SUBJECTS[0], SUBJECTS[2]
 RUNS: list[tuple[str, Subject, str]] = [
     ("sqlite", "lora", "EIO"),
     *(("sqlite", subject, "kill") for subject in SUBJECTS[3:]),
-    ("sqlite", SUBJECTS[3], "power cut"),
+    ("sqlite", SUBJECTS[5], "EIO"),
+    *(("sqlite", subject, "power cut") for subject in (SUBJECTS[3], SUBJECTS[5])),
     ("postgresql", SUBJECTS[3], "EIO"),
     *(("sqlite", subject, effect) for subject in (FULL, GROWING) for effect in EFFECTS),
     *(("postgresql", subject, effect) for subject in (FULL, GROWING) for effect in ("EIO", "kill")),
@@ -234,6 +238,13 @@ def test_every_fault_point_leaves_the_version_before_or_after(
     stages: Stages, fault_tally: Tally, database: str, subject: Subject, effect: str, action: str
 ) -> None:
     assert _strike_every_point(stages(database, subject, action), fault_tally, effect) == {"old", "new"}
+
+
+@pytest.mark.parametrize("action", ["apply", "revert"])
+def test_the_points_in_shards_are_those_of_several_files(stages: Stages, action: str) -> None:
+    """There a file is flushed while the next one is written, so a fault may strike while another thread is at work."""
+    flushed = {name for name in stages("sqlite", SUBJECTS[5], action).points if name.startswith("fsync lineages")}
+    assert len(flushed) > 1
 
 
 def test_more_than_two_hundred_fault_points_are_tried(stages: Stages) -> None:
