@@ -10,7 +10,6 @@ Reads go through `readinto` into the tensor that is returned rather than through
 while it is read is then an error that can be named instead of a killed process, and no page counts twice as memory.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from algorithms.errors import CheckpointError, NonFiniteError, UnsupportedModelError
-from algorithms.safetensors_files import StoredTensor, read_exactly, read_header, read_json_file
+from algorithms.safetensors_files import StoredTensor, read_header, read_json_file, read_ranges
 
 __all__ = [
     "TORCH_DTYPES",
@@ -159,7 +158,7 @@ def read_stored(directory: Path, stored: StoredTensor, start: int | None = None,
         return read_stored_ranges(directory, stored, [_range(stored, 0, start, stop)])
     dtype = _torch_dtype(stored, directory)
     buffer = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
-    _fill(directory / stored.file, buffer.numpy().data, [(stored.begin, len(buffer))])
+    read_ranges(directory / stored.file, [(stored.begin, len(buffer))], buffer.numpy().data)
     return buffer.view(dtype).view(stored.shape)
 
 
@@ -175,7 +174,7 @@ def read_stored_ranges(directory: Path, stored: StoredTensor, ranges: Sequence[t
     row_bytes = stored.row_bytes
     pieces = [(stored.begin + first * row_bytes, (last - first) * row_bytes) for first, last in checked]
     buffer = torch.empty(sum(size for _, size in pieces), dtype=torch.uint8)
-    _fill(directory / stored.file, buffer.numpy().data, pieces)
+    read_ranges(directory / stored.file, pieces, buffer.numpy().data)
     return buffer.view(dtype).view(sum(last - first for first, last in checked), *stored.shape[1:])
 
 
@@ -197,7 +196,7 @@ def read_stored_columns(directory: Path, stored: StoredTensor, start: int, stop:
     item, row_bytes = dtype.itemsize, stored.row_bytes
     buffer = torch.empty(rows * width * item, dtype=torch.uint8)
     pieces = [(stored.begin + row * row_bytes + first * item, width * item) for row in range(rows)]
-    _fill(directory / stored.file, buffer.numpy().data, pieces)
+    read_ranges(directory / stored.file, pieces, buffer.numpy().data)
     return buffer.view(dtype).view(rows, width)
 
 
@@ -256,23 +255,6 @@ def _blocks(directory: Path, stored: StoredTensor) -> Iterator[Tensor]:
     rows = max(1, BLOCK_BYTES // max(1, stored.row_bytes))
     for start in range(0, stored.shape[0], rows):
         yield read_stored(directory, stored, start, min(start + rows, stored.shape[0]))
-
-
-def _fill(path: Path, view: memoryview, pieces: list[tuple[int, int]]) -> None:
-    try:
-        with path.open("rb", buffering=0) as file:
-            filled = 0
-            for begin, size in pieces:
-                piece = view[filled : filled + size]
-                count = os.preadv(file.fileno(), [piece], begin)  # one call: a patch reads tens of thousands of rows
-                if count < size:
-                    file.seek(begin + count)
-                    read_exactly(file, piece[count:], path)
-                filled += size
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror or error}", "Check that it exists and may be read"
-        ) from error
 
 
 def _torch_dtype(stored: StoredTensor, directory: Path) -> torch.dtype:

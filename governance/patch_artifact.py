@@ -25,7 +25,7 @@ from governance.tensor_file import TensorFile, TensorFileWriter, TensorSpec
 
 FORMAT = "neuronledger-patch"
 VERSION = 1
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2**19
 """How much of a file is in memory at once, per thread, while rows are written or checked."""
 
 _LATER_FIELDS = frozenset({"directions", "held", "blocks"})

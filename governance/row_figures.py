@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from algorithms.differences import squared_norm
-
 
 @dataclass(frozen=True)
 class ModuleOutcome:
@@ -40,9 +38,10 @@ class RowFigures:
         wide = widened(old, new.shape[1])
         self.rows += len(new)
         self._unchanged += int((stored_bits(wide) == stored_bits(new)).all(dim=1).sum())
-        self._change += squared_norm(new.float() - wide)
-        self._before += squared_norm(old)
-        self._after += squared_norm(new)
+        before, after = wide.float(), new.float()
+        self._before += _squares(before)
+        self._after += _squares(after)
+        self._change += _squares(after - before)
 
     def outcome(self) -> ModuleOutcome:
         """Return the figures of all rows so far."""
@@ -54,6 +53,11 @@ class RowFigures:
             norm_before=self._before**0.5,
             norm_after=self._after**0.5,
         )
+
+
+def _squares(rows: Tensor) -> float:
+    """‖rows‖_F² of (n, width) float32: of each row in float32, their sum in float64."""
+    return float(torch.linalg.vecdot(rows, rows).double().sum())
 
 
 def widened(rows: Tensor, width: int) -> Tensor:

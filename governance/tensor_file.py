@@ -16,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from algorithms.safetensors_files import read_header, read_range
+from algorithms.safetensors_files import read_header, read_ranges
 from registry.files import write_at
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
@@ -81,7 +81,7 @@ class TensorFile(Mapping[str, Tensor]):
         last = stored.shape[0] if last is None else last
         content = torch.empty((last - first) * stored.row_bytes, dtype=torch.uint8)
         begin = stored.begin + first * stored.row_bytes
-        read_range(self.path, begin, content.numpy().data)
+        read_ranges(self.path, [(begin, len(content))], content.numpy().data)
         return content.view(DTYPES[stored.dtype]).view(last - first, *stored.shape[1:])
 
     def __getitem__(self, name: str) -> Tensor:
