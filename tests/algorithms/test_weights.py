@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from algorithms import checkpoints
 from algorithms import weights as weights_module
 from algorithms.errors import AdapterError, CheckpointError, MismatchError
 from algorithms.weights import AdapterWeights, CheckpointWeights, WeightSource, open_weights, require_pair, row_blocks
@@ -154,7 +153,7 @@ def test_only_the_bytes_of_the_rows_are_read(pairs, monkeypatch, family, module,
         counted.append(preadv(descriptor, views, offset))
         return counted[-1]
 
-    monkeypatch.setattr(checkpoints.os, "preadv", counting)
+    monkeypatch.setattr(os, "preadv", counting)
     weights.rows(module, index)
     distinct = len(set(index.tolist())) if isinstance(index, torch.Tensor) else 3
     assert sum(counted) == 4 * distinct * weights.modules[module].in_features
