@@ -1,9 +1,12 @@
 """What the changed rows of one module come to: how many kept their bytes, and norms before, after and of the change."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from algorithms.differences import squared_norm
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,9 @@ class RowFigures:
 
 
 def _squares(rows: Tensor) -> float:
-    """‖rows‖_F² of (n, width) float32: of each row in float32, their sum in float64."""
-    return float(torch.linalg.vecdot(rows, rows).double().sum())
+    """‖rows‖_F² of (n, width) float32: of each row in float32, or all in float64 where that is too narrow."""
+    total = float(torch.linalg.vecdot(rows, rows).double().sum())
+    return total if math.isfinite(total) else squared_norm(rows)
 
 
 def widened(rows: Tensor, width: int) -> Tensor:

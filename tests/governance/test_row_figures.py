@@ -29,3 +29,11 @@ def test_rows_that_gain_columns_had_zeros_there() -> None:
     assert (found.rows, found.rows_unchanged) == (2, 1)
     assert found.change_norm == pytest.approx(2)
     assert found.norm_after == pytest.approx(6**0.5)
+
+
+def test_squares_that_float32_does_not_hold_are_summed_all_the_same() -> None:
+    figures = RowFigures("up_proj")
+    figures.add(torch.full((1, 4), 1e25), torch.full((1, 4), 3e25))
+    found = figures.outcome()
+    assert found.norm_after == pytest.approx(6e25)
+    assert found.change_norm == pytest.approx(4e25)
