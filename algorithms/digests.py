@@ -15,6 +15,7 @@ from typing import Protocol
 
 from blake3 import blake3
 
+from algorithms.buffers import borrowed
 from algorithms.errors import CheckpointError
 from algorithms.safetensors_files import StoredTensor, read_exactly
 from algorithms.tokenizer_content import TokenizerContent
@@ -137,9 +138,8 @@ def read_pieces(path: Path, begin: int, end: int, piece_bytes: int = PIECE_BYTES
     Raises:
         CheckpointError: the file cannot be read, or ends early.
     """
-    buffer = memoryview(bytearray(min(piece_bytes, max(1, end - begin))))
     try:
-        with path.open("rb", buffering=0) as file:
+        with borrowed(min(piece_bytes, max(1, end - begin))) as buffer, path.open("rb", buffering=0) as file:
             file.seek(begin)
             while begin < end:
                 piece = buffer[: min(len(buffer), end - begin)]

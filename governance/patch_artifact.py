@@ -19,13 +19,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from algorithms.buffers import BUFFER_BYTES
 from algorithms.errors import CheckpointError
 from governance.errors import InputError
 from governance.tensor_file import TensorFile, TensorFileWriter, TensorSpec
 
 FORMAT = "neuronledger-patch"
 VERSION = 1
-BLOCK_BYTES = 2**19
+BLOCK_BYTES = BUFFER_BYTES
 """How much of a file is in memory at once, per thread, while rows are written or checked."""
 
 _LATER_FIELDS = frozenset({"directions", "held", "blocks"})
@@ -146,6 +147,10 @@ class PatchArtifact:
     def values(self, module: str, side: Side, first: int = 0, last: int | None = None) -> Tensor:
         """Return rows `first..last` of the changed rows, in the file's dtype."""
         return self._file.read(f"{module}/{side}", first, last)
+
+    def read_into(self, view: memoryview, module: str, side: Side, first: int) -> None:
+        """Fill `view` with the bytes of changed rows from `first` on, as they stand in the file."""
+        self._file.read_into(view, f"{module}/{side}", first)
 
     def columns(self, module: str, side: Side, first: int, last: int) -> Tensor:
         """Return the entries `first..last` of all changed rows, in the file's dtype."""

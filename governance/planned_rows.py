@@ -15,7 +15,6 @@ from torch import Tensor
 
 from algorithms.editors import Editor, EditSources, Selection
 from algorithms.kept_directions import KeepingEditor, RebasedEditor
-from algorithms.operations import RowEdit
 from algorithms.parallel import in_parallel
 from algorithms.settings import FgsnSettings
 from algorithms.weights import AdapterWeights
@@ -27,7 +26,7 @@ from governance.tensor_file import DTYPES
 from governance.weight_state import checkpoint_of
 
 ROW_THREADS = 4
-"""Of how many modules rows are computed at once, at most: each takes about 16 MiB, and the directions of its module."""
+"""Of how many modules rows are computed at once, at most: each takes a few blocks, and the directions of its module."""
 
 
 @contextmanager
@@ -114,16 +113,14 @@ class PlannedRows:
         if editor.extension is not None and module.extension:
             writer.put(f"{module.name}/extension", editor.extension.to(dtype))
 
-        def put(edit: RowEdit) -> None:
+        for edit in editor.edits():
             # Rows are read as float32, which holds every stored dtype exactly.
             old, new = edit.before.to(dtype), edit.values.to(dtype)
+            del edit  # what follows needs the room
             writer.put(f"{module.name}/old", old, figures.rows)
             writer.put(f"{module.name}/new", new, figures.rows)
             figures.add(old, new)
-
-        for edit in editor.edits():
-            put(edit)
-            del edit  # the next one needs the room
+            del old, new
         return figures.outcome()
 
     def _editor(self, name: str, rows: Tensor) -> Editor:

@@ -41,10 +41,11 @@ class RowFigures:
         wide = widened(old, new.shape[1])
         self.rows += len(new)
         self._unchanged += int((stored_bits(wide) == stored_bits(new)).all(dim=1).sum())
-        before, after = wide.float(), new.float()
-        self._before += _squares(before)
+        after = new.float()
         self._after += _squares(after)
-        self._change += _squares(after - before)
+        change = wide.to(torch.float32, copy=True)
+        self._before += _squares(change)
+        self._change += _squares(change.sub_(after))
 
     def outcome(self) -> ModuleOutcome:
         """Return the figures of all rows so far."""

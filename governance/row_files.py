@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from algorithms.buffers import borrowed
 from algorithms.checkpoints import Checkpoint, StoredTensor
 from algorithms.digests import TENSOR_ALGORITHM, new_hash, read_pieces
 from algorithms.parallel import in_parallel, trailing
@@ -160,12 +161,13 @@ def _write_module(
             target.put(stored.begin + block.start * stored.row_bytes, block.content)
         return
     height = max(1, BLOCK_BYTES // stored.row_bytes)
-    for first in range(0, len(rows), height):
-        some = rows[first : first + height]
-        content = tensor_bytes(artifact.values(module.name, side, first, first + len(some)))
-        for begin, end in _runs(some):
-            piece = content[begin * stored.row_bytes : end * stored.row_bytes]
-            target.put(stored.begin + int(some[begin]) * stored.row_bytes, piece)
+    with borrowed(height * stored.row_bytes) as content:
+        for first in range(0, len(rows), height):
+            some = rows[first : first + height]
+            artifact.read_into(content[: len(some) * stored.row_bytes], module.name, side, first)
+            for begin, end in _runs(some):
+                piece = content[begin * stored.row_bytes : end * stored.row_bytes]
+                target.put(stored.begin + int(some[begin]) * stored.row_bytes, piece)
 
 
 def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:
@@ -200,5 +202,6 @@ def splice(block: Block, artifact: PatchArtifact, module: ArtifactModule, side: 
         return
     first, last = np.searchsorted(places, (block.start, block.stop)).tolist()
     if first < last:
-        new = tensor_bytes(artifact.values(module.name, side, first, last))
-        block.rows[places[first:last] - block.start] = np.frombuffer(new, np.uint8).reshape(last - first, -1)
+        with borrowed((last - first) * block.rows.shape[1]) as new:
+            artifact.read_into(new, module.name, side, first)
+            block.rows[places[first:last] - block.start] = np.frombuffer(new, np.uint8).reshape(last - first, -1)

@@ -80,9 +80,18 @@ class TensorFile(Mapping[str, Tensor]):
         stored = self.stored[name]
         last = stored.shape[0] if last is None else last
         content = torch.empty((last - first) * stored.row_bytes, dtype=torch.uint8)
-        begin = stored.begin + first * stored.row_bytes
-        read_ranges(self.path, [(begin, len(content))], content.numpy().data)
+        self.read_into(content.numpy().data, name, first)
         return content.view(DTYPES[stored.dtype]).view(last - first, *stored.shape[1:])
+
+    def read_into(self, view: memoryview, name: str, first: int = 0) -> None:
+        """Fill `view` with bytes of a tensor from index `first` of its first dimension on.
+
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointError: the file cannot be read, or ends early.
+        """
+        stored = self.stored[name]
+        read_ranges(self.path, [(stored.begin + first * stored.row_bytes, len(view))], view)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)

@@ -1,0 +1,32 @@
+"""Memory for blocks of files, used again for the next block and by the next thread.
+
+Each thread allocates from a heap of its own, and what a heap keeps of the blocks that were let go differs from run to
+run; pages that the system gives anew can cost more than reading a file into them. So blocks share a few buffers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+BUFFER_BYTES = 2**19
+"""Size of a buffer; what asks for more than this gets memory of its own."""
+
+_free: list[bytearray] = []
+
+
+@contextmanager
+def borrowed(size: int) -> Iterator[memoryview]:
+    """Memory of `size` bytes with anything in it, the caller's until it leaves; then another thread may write to it.
+
+    There are never more buffers than were borrowed at once.
+    """
+    if size > BUFFER_BYTES:
+        yield memoryview(bytearray(size))
+        return
+    try:
+        buffer = _free.pop()
+    except IndexError:
+        buffer = bytearray(BUFFER_BYTES)
+    try:
+        yield memoryview(buffer)[:size]
+    finally:
+        _free.append(buffer)
