@@ -7,6 +7,7 @@ its algorithm, and a digest is always compared in the algorithm that it was reco
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -117,7 +118,10 @@ def digest_file(path: Path) -> str:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    return digest_weight_file(path, ()).sha256
+    whole = hashlib.sha256()
+    for piece in read_pieces(path):
+        whole.update(piece)
+    return whole.hexdigest()
 
 
 def digest_tensor(directory: Path, tensor: StoredTensor, algorithm: str) -> str:
@@ -132,17 +136,26 @@ def digest_tensor(directory: Path, tensor: StoredTensor, algorithm: str) -> str:
     return running.hexdigest()
 
 
-def read_pieces(path: Path, begin: int, end: int, piece_bytes: int = PIECE_BYTES) -> Iterator[memoryview]:
+def read_pieces(
+    path: Path, begin: int = 0, end: int | None = None, piece_bytes: int = PIECE_BYTES
+) -> Iterator[memoryview]:
     """The bytes `begin` to `end` of a file in pieces. Each is writable, and valid only until the next is asked for.
+
+    Args:
+        path: the file.
+        begin: first byte.
+        end: first byte that is not read any more; left out, the file's end.
+        piece_bytes: size of a piece; the last may be shorter.
 
     Raises:
         CheckpointError: the file cannot be read, or ends early.
     """
     try:
-        with borrowed(min(piece_bytes, max(1, end - begin))) as buffer, path.open("rb", buffering=0) as file:
+        with path.open("rb", buffering=0) as file, borrowed(piece_bytes) as buffer:
+            end = os.fstat(file.fileno()).st_size if end is None else end
             file.seek(begin)
             while begin < end:
-                piece = buffer[: min(len(buffer), end - begin)]
+                piece = buffer[: end - begin]
                 read_exactly(file, piece, path)
                 begin += len(piece)
                 yield piece

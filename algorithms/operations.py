@@ -193,6 +193,7 @@ class RowEditor:
             return t
         update = t - self._coordinates.aligned_rows(index)
         removed = -self._settings.strength * (update @ self._coordinates.onto(Q))
+        del update  # what is removed needs the room
         if isinstance(self._coordinates, LoraCoordinates):
             return torch.cat([t[:, : self._coordinates.own_width], removed], dim=1)
         return _plus(t, removed @ Q.T)

@@ -96,7 +96,7 @@ def tell_findings(findings: Iterable[Problem]) -> None:
 
 def tell_checked(checked: Mapping[str, int]) -> None:
     """Print how many of each were checked."""
-    click.echo("Checked " + ", ".join(f"{count:,} {what}" for what, count in checked.items()) + ".")
+    click.echo("Checked: " + ", ".join(f"{what} {count:,}" for what, count in checked.items()) + ".")
 
 
 def tell_verdict(findings: Sequence[Problem], not_checked: Iterable[str], what: str) -> None:
