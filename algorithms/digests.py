@@ -7,7 +7,6 @@ its algorithm, and a digest is always compared in the algorithm that it was reco
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -89,7 +88,7 @@ def digest_weight_file(path: Path, tensors: Iterable[StoredTensor], progress: Pr
     position, first = 0, 0
     # Hashing releases the interpreter lock, so the digest of the file runs beside those of the tensors.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        for chunk in _chunks(path):
+        for chunk in _chunks(path, CHUNK_BYTES):
             pending = pool.submit(whole.update, chunk)
             end = position + len(chunk)
             while first < len(ordered) and ordered[first].end <= position:
@@ -119,8 +118,8 @@ def digest_file(path: Path) -> str:
         CheckpointError: the file cannot be read.
     """
     whole = hashlib.sha256()
-    for piece in read_pieces(path):
-        whole.update(piece)
+    for chunk in _chunks(path, PIECE_BYTES):
+        whole.update(chunk)
     return whole.hexdigest()
 
 
@@ -136,23 +135,14 @@ def digest_tensor(directory: Path, tensor: StoredTensor, algorithm: str) -> str:
     return running.hexdigest()
 
 
-def read_pieces(
-    path: Path, begin: int = 0, end: int | None = None, piece_bytes: int = PIECE_BYTES
-) -> Iterator[memoryview]:
-    """The bytes `begin` to `end` of a file in pieces. Each is writable, and valid only until the next is asked for.
-
-    Args:
-        path: the file.
-        begin: first byte.
-        end: first byte that is not read any more; left out, the file's end.
-        piece_bytes: size of a piece; the last may be shorter.
+def read_pieces(path: Path, begin: int, end: int, piece_bytes: int = PIECE_BYTES) -> Iterator[memoryview]:
+    """The bytes `begin` to `end` of a file in pieces, writable, each valid only until reading goes on or ends.
 
     Raises:
         CheckpointError: the file cannot be read, or ends early.
     """
     try:
         with path.open("rb", buffering=0) as file, borrowed(piece_bytes) as buffer:
-            end = os.fstat(file.fileno()).st_size if end is None else end
             file.seek(begin)
             while begin < end:
                 piece = buffer[: end - begin]
@@ -209,11 +199,10 @@ def tokenizer_digest(path: Path) -> str:
     return TokenizerContent.read(path).digest
 
 
-def _chunks(path: Path) -> Iterator[memoryview]:
-    """Chunks of a file. Each is valid only until the next one is asked for."""
-    buffer = memoryview(bytearray(CHUNK_BYTES))
+def _chunks(path: Path, chunk_bytes: int) -> Iterator[memoryview]:
+    """Chunks of a file up to its end, each valid only until reading goes on or ends."""
     try:
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb", buffering=0) as file, borrowed(chunk_bytes) as buffer:
             while count := file.readinto(buffer):
                 yield buffer[:count]
     except OSError as error:

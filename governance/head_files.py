@@ -18,7 +18,7 @@ from governance.errors import InputError
 from governance.found_files import Layout, layout_of
 from governance.patch_artifact import ArtifactModule, PatchArtifact
 from governance.row_comparison import Bytes, Owners
-from governance.row_files import Block, splice
+from governance.row_files import Block, fits, splice
 from governance.tensor_file import header_bytes, tensor_bytes
 
 
@@ -142,16 +142,11 @@ def _appended(A: Tensor, rank: int, module: str, artifacts: Mapping[int, PatchAr
 
 
 def _fits(subject: Checkpoint | Adapter, artifact: PatchArtifact, module: ArtifactModule) -> bool:
-    stored = subject.tensors.get(module.tensor)
-    if stored is None or len(stored.shape) != 2 or stored.dtype != module.dtype:
+    if not fits(subject.tensors.get(module.tensor), artifact, module):
         return False
-    length, width = stored.shape[::-1] if module.transposed else stored.shape
-    if isinstance(subject, Adapter):
-        lora = subject.modules.get(module.name)
-        if lora is None or lora.b_tensor != module.tensor or module.transposed:
-            return False
-        if subject.tensors[lora.a_tensor].shape[1] != module.in_features:
-            return False
-    rows = artifact.rows(module.name)
-    inside = not len(rows) or 0 <= int(rows.min()) <= int(rows.max()) < length
-    return inside and module.width == width and (isinstance(subject, Adapter) or not module.extension)
+    if isinstance(subject, Checkpoint):
+        return not module.extension
+    lora = subject.modules.get(module.name)
+    if lora is None or lora.b_tensor != module.tensor or module.transposed:
+        return False
+    return subject.tensors[lora.a_tensor].shape[1] == module.in_features

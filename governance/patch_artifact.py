@@ -27,7 +27,7 @@ from governance.tensor_file import TensorFile, TensorFileWriter, TensorSpec
 FORMAT = "neuronledger-patch"
 VERSION = 1
 BLOCK_BYTES = BUFFER_BYTES
-"""How much of a file is in memory at once, per thread, while rows are written or checked."""
+"""How much of a file is in memory at once, per thread, while rows are written or checked; its new rows add to it."""
 
 _LATER_FIELDS = frozenset({"directions", "held", "blocks"})
 

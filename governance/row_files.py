@@ -18,6 +18,7 @@ from algorithms.buffers import borrowed
 from algorithms.checkpoints import Checkpoint, StoredTensor
 from algorithms.digests import TENSOR_ALGORITHM, new_hash, read_pieces
 from algorithms.parallel import in_parallel, trailing
+from governance.errors import WeightsChangedError
 from governance.patch_artifact import BLOCK_BYTES, ArtifactModule, PatchArtifact, Side
 from governance.tensor_file import DTYPES, tensor_bytes
 from registry.files import write_at
@@ -45,7 +46,9 @@ def tensor_changes(
 
     Raises:
         CheckpointError: a file cannot be read, or ends early.
+        WeightsChangedError: a tensor is of another shape or dtype than the rows.
     """
+    _require_fit(checkpoint, artifact)
 
     def change(module: ArtifactModule) -> TensorChange:
         algorithm = algorithms.get(module.tensor, TENSOR_ALGORITHM)
@@ -88,7 +91,9 @@ def writing_rows(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) ->
 
     Raises:
         OSError: a file cannot be opened, written or flushed.
+        WeightsChangedError: a tensor is of another shape or dtype than the rows; nothing was written.
     """
+    _require_fit(checkpoint, artifact)
     by_file: dict[str, list[ArtifactModule]] = {}
     for module in artifact.modules:
         by_file.setdefault(checkpoint.stored(module.tensor).file, []).append(module)
@@ -103,6 +108,24 @@ def writing_rows(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) ->
             yield target
 
     yield from trailing(_flushed, written())
+
+
+def fits(stored: StoredTensor | None, artifact: PatchArtifact, module: ArtifactModule) -> bool:
+    """Whether a stored tensor has the dtype and width of a module's rows in the artifact, and every one of the rows."""
+    if stored is None or len(stored.shape) != 2 or stored.dtype != module.dtype:
+        return False
+    length, width = stored.shape[::-1] if module.transposed else stored.shape
+    rows = artifact.rows(module.name)
+    return module.width == width and (not len(rows) or 0 <= int(rows.min()) <= int(rows.max()) < length)
+
+
+def _require_fit(checkpoint: Checkpoint, artifact: PatchArtifact) -> None:
+    for module in artifact.modules:
+        if not fits(checkpoint.stored(module.tensor), artifact, module):
+            raise WeightsChangedError(
+                f"{module.tensor} of {checkpoint.path} is of another shape or dtype than the rows of the patch",
+                "restore the file that holds it from a copy, then run neuronledger recover",
+            )
 
 
 def _flushed(target: "_InPlaceFile") -> str:
@@ -177,7 +200,7 @@ def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def tensor_blocks(directory: Path, stored: StoredTensor) -> Iterator[Block]:
-    """A whole stored tensor in blocks of storage rows, each valid only until the next is asked for.
+    """A whole stored tensor in blocks of storage rows, each valid only until reading goes on or ends.
 
     Raises:
         CheckpointError: the file cannot be read, or ends early.

@@ -1,17 +1,21 @@
 """The digests of a change are those of its bytes, however many threads read them and however the file is cut up."""
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from blake3 import blake3
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from algorithms import parallel
 from algorithms.checkpoints import Checkpoint, StoredTensor
 from governance import row_files
 from governance.errors import WeightsChangedError
 from governance.patch_artifact import open_artifact
-from governance.row_files import TensorChange, tensor_changes
+from governance.row_files import TensorChange, tensor_changes, write_rows
 from tests.governance.conftest import Scenarios, Trios
 from tests.governance.faults import flip_byte
 from tests.governance.scenarios import Scenario
@@ -52,6 +56,28 @@ def test_of_several_tensors_that_somebody_changed_the_first_is_named(
         flip_byte(scenario.working / stored.file, stored.begin)
     with pytest.raises(WeightsChangedError, match=f"^{touched[smallest].name} of the working checkpoint"):
         scenario.revert()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda tensor, _: tensor.half(), lambda tensor, last: tensor[:last]], ids=["dtype", "rows"]
+)
+def test_rows_are_not_written_into_a_tensor_that_somebody_saved_in_another_form(
+    scenario: Scenario, tmp_path: Path, change: Callable[[Tensor, int], Tensor]
+) -> None:
+    scenario.apply("animals", budget=0.5)
+    saved = Path(shutil.copytree(scenario.working, tmp_path / "saved"))
+    with open_artifact(scenario.artifact(1)) as artifact:
+        touched = artifact.modules[-1]
+        file = saved / Checkpoint.open(saved).stored(touched.tensor).file
+        tensors = load_file(file)
+        tensors[touched.tensor] = change(tensors[touched.tensor], int(artifact.rows(touched.name)[-1])).clone()
+        save_file(tensors, file)
+        content, checkpoint = file.read_bytes(), Checkpoint.open(saved)
+        with pytest.raises(WeightsChangedError, match=f"^{touched.tensor} of {saved} is of another shape or dtype"):
+            tensor_changes(checkpoint, artifact, "old", {})
+        with pytest.raises(WeightsChangedError, match=f"^{touched.tensor} of {saved} is of another shape or dtype"):
+            write_rows(checkpoint, artifact, "old")
+    assert file.read_bytes() == content
 
 
 def _size(stored: StoredTensor) -> int:
