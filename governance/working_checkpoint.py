@@ -15,11 +15,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from algorithms.buffers import BUFFER_BYTES, borrowed
 from governance.errors import SpaceError
 from registry.files import sync_directory, write_all
 
 _MARGIN = 16 * 2**20
-_BLOCK = 8 * 2**20
 _COPIED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx", ".gguf")
 """Weights in other formats: never opened, and left behind, since a patch would not reach them."""
 
@@ -145,8 +145,9 @@ def _copy_file(source: Path, target: Path) -> None:
         writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             if not _reflink(reading.fileno(), writing):
-                while block := reading.read(_BLOCK):
-                    write_all(writing, block)
+                with borrowed(BUFFER_BYTES) as buffer:
+                    while count := reading.readinto(buffer):
+                        write_all(writing, buffer[:count])
             os.fchmod(writing, mode)  # what the umask took away
             os.fsync(writing)
         finally:
