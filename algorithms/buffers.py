@@ -6,8 +6,9 @@ run; pages that the system gives anew can cost more than reading a file into the
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import finalize
 
-BUFFER_BYTES = 2**19
+BUFFER_BYTES = 2**20
 """Size of a buffer; what asks for more than this gets memory of its own."""
 
 _free: list[bytearray] = []
@@ -22,11 +23,26 @@ def borrowed(size: int) -> Iterator[memoryview]:
     if size > BUFFER_BYTES:
         yield memoryview(bytearray(size))
         return
-    try:
-        buffer = _free.pop()
-    except IndexError:
-        buffer = bytearray(BUFFER_BYTES)
+    buffer = _taken()
     try:
         yield memoryview(buffer)[:size]
     finally:
         _free.append(buffer)
+
+
+def lent(size: int) -> memoryview:
+    """Memory of `size` bytes with anything in it, at most a buffer, that is free again once the view is let go.
+
+    What is made of the view must refer to it, as `torch.frombuffer` does; a part of it (`view[:n]`) does not.
+    """
+    buffer = _taken()
+    view = memoryview(buffer)[:size]
+    finalize(view, _free.append, buffer).atexit = False
+    return view
+
+
+def _taken() -> bytearray:
+    try:
+        return _free.pop()
+    except IndexError:
+        return bytearray(BUFFER_BYTES)

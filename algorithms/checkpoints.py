@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from algorithms.block_tensors import empty_block
 from algorithms.errors import CheckpointError, NonFiniteError, UnsupportedModelError
 from algorithms.safetensors_files import StoredTensor, read_header, read_json_file, read_ranges
 
@@ -173,7 +174,7 @@ def read_stored_ranges(directory: Path, stored: StoredTensor, ranges: Sequence[t
     checked = [_range(stored, 0, start, stop) for start, stop in ranges]
     row_bytes = stored.row_bytes
     pieces = [(stored.begin + first * row_bytes, (last - first) * row_bytes) for first, last in checked]
-    buffer = torch.empty(sum(size for _, size in pieces), dtype=torch.uint8)
+    buffer = empty_block((sum(size for _, size in pieces),), torch.uint8)
     read_ranges(directory / stored.file, pieces, buffer.numpy().data)
     return buffer.view(dtype).view(sum(last - first for first, last in checked), *stored.shape[1:])
 

@@ -181,22 +181,22 @@ class RowEditor:
         if projected is not None and settings.target == "full":
             return (1 - c) * t + c * projected
         if settings.operation == "complement" and projected is not None:
-            return _plus(t, -c * projected)
+            return _minus(t, c * projected)
         a = self._coordinates.aligned_rows(index)
-        kept = a if c == 1 else _plus(t, -c * (t - a))
-        return kept if projected is None else _plus(kept, projected if c == 1 else c * projected)
+        kept = a if c == 1 else _minus(t, c * (t - a))
+        return kept if projected is None else _minus(kept, -c * projected)
 
     def _without_directions(self, t: Tensor, index: Tensor) -> Tensor:
         """subspace: U_i loses what it does to the directions Q."""
         Q = self._directions
         if Q is None:
             return t
-        update = t - self._coordinates.aligned_rows(index)
-        removed = -self._settings.strength * (update @ self._coordinates.onto(Q))
-        del update  # what is removed needs the room
+        aligned = self._coordinates.aligned_rows(index)
+        update = torch.sub(t, aligned, out=aligned)
+        removed = self._settings.strength * (update @ self._coordinates.onto(Q))
         if isinstance(self._coordinates, LoraCoordinates):
-            return torch.cat([t[:, : self._coordinates.own_width], removed], dim=1)
-        return _plus(t, removed @ Q.T)
+            return torch.cat([t[:, : self._coordinates.own_width], -removed], dim=1)
+        return _minus(t, torch.mm(removed, Q.T, out=update))
 
     def _required_directions(self) -> Tensor | None:
         if self._settings.operation != "subspace" or self._settings.strength == 0:
@@ -250,10 +250,9 @@ def _require_low_rank(settings: FgsnSettings) -> None:
         )
 
 
-def _plus(values: Tensor, change: Tensor) -> Tensor:
-    """values + change, put in the place of `change`; where that is zero, `values` bit for bit: −0.0 + 0.0 is 0.0."""
-    unchanged = change == 0
-    return torch.where(unchanged, values, change.add_(values), out=change)
+def _minus(values: Tensor, removed: Tensor) -> Tensor:
+    """values − removed, put in the place of `removed`; where that is zero, `values` bit for bit: −0.0 − −0.0 is 0.0."""
+    return torch.sub(values, removed.add_(0.0), out=removed)  # −0.0 + 0.0 is 0.0, and −0.0 − 0.0 is −0.0
 
 
 def _checked_rows(rows: Tensor, module: LinearModule) -> Tensor:

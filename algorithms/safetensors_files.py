@@ -12,7 +12,8 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +24,8 @@ import safetensors
 from algorithms.errors import CheckpointError
 
 LENGTH_BYTES = 8
+_MOST_VIEWS = 1024
+"""How many places one call of the system reads to (IOV_MAX)."""
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
 
@@ -196,23 +199,52 @@ def read_ranges(path: Path, ranges: Iterable[tuple[int, int]], view: memoryview)
     Raises:
         CheckpointError: the file cannot be read, or ends before.
     """
+    with _opened(path) as descriptor:
+        for begin, size in ranges:
+            _fill([view[:size]], descriptor, begin, path)
+            view = view[size:]
+
+
+def read_scattered(path: Path, begin: int, views: Sequence[memoryview]) -> None:
+    """Fill views, one after the other, with the bytes of a file from `begin` on.
+
+    Raises:
+        CheckpointError: the file cannot be read, or ends before.
+    """
+    with _opened(path) as descriptor:
+        for first in range(0, len(views), _MOST_VIEWS):
+            some = list(views[first : first + _MOST_VIEWS])
+            size = sum(map(len, some))
+            _fill(some, descriptor, begin, path)
+            begin += size
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A file to read, by the system's calls alone: a patch reads tens of thousands of rows."""
     try:
-        # The system's calls alone: a patch reads tens of thousands of rows.
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            for begin, size in ranges:
-                wanted, view = view[:size], view[size:]
-                while wanted:
-                    count = os.preadv(descriptor, [wanted], begin)
-                    if not count:
-                        raise CheckpointError(f"{path} ends {len(wanted)} bytes early", WRITTEN_AGAIN)
-                    wanted, begin = wanted[count:], begin + count  # noqa: PLW2901
+            yield descriptor
         finally:
             os.close(descriptor)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror or error}", "Check that it exists and may be read"
         ) from error
+
+
+def _fill(left: list[memoryview], descriptor: int, begin: int, path: Path) -> None:
+    """Fill views, which are taken from the list, however often the system reads only part of it."""
+    while left:
+        count = os.preadv(descriptor, left, begin)
+        begin += count
+        if not count and any(left):
+            raise CheckpointError(f"{path} ends {sum(map(len, left))} bytes early", WRITTEN_AGAIN)
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if left:
+            left[0] = left[0][count:]
 
 
 def _header_bytes(file: BinaryIO, path: Path, size: int) -> bytes:

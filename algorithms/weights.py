@@ -9,11 +9,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from algorithms.adapters import Adapter, is_adapter
 from algorithms.architectures import LinearModule, discover
+from algorithms.block_tensors import block_copy
 from algorithms.checkpoints import BLOCK_BYTES, SINGLE, TORCH_DTYPES, Checkpoint
 from algorithms.errors import AdapterError, MismatchError
 from algorithms.tokenizer_content import TokenizerContent
@@ -87,18 +89,23 @@ class CheckpointWeights:
         wanted = plain_index(index, linear)
         if isinstance(wanted, slice):
             return self._span(linear, wanted.start, wanted.stop)
-        rows, order = torch.unique(wanted, return_inverse=True)
-        if not len(rows):
+        if not len(wanted):
             return torch.empty((0, linear.in_features))
-        if linear.transposed:
-            return self._columns(linear, rows)[order]
-        values = self.checkpoint.read_ranges(linear.tensor, _runs(rows)).to(torch.float32)
-        return values if torch.equal(rows, wanted) else values[order]
+        if bool((np.diff(wanted.numpy()) > 0).all()):
+            return self._distinct(linear, wanted)
+        rows, order = torch.unique(wanted, return_inverse=True)
+        return self._distinct(linear, rows)[order]
 
     def factors(self, module: str) -> LoraFactors | None:
         """None: a full checkpoint has no factors."""
         del module
         return None
+
+    def _distinct(self, linear: LinearModule, rows: Tensor) -> Tensor:
+        """Sorted distinct rows of a module."""
+        if linear.transposed:
+            return self._columns(linear, rows)
+        return block_copy(self.checkpoint.read_ranges(linear.tensor, _runs(rows)), torch.float32)
 
     def _columns(self, linear: LinearModule, rows: Tensor) -> Tensor:
         """Sorted distinct rows of a module whose rows are stored as columns."""
@@ -110,7 +117,7 @@ class CheckpointWeights:
     def _span(self, linear: LinearModule, start: int, stop: int) -> Tensor:
         if linear.transposed:
             return self.checkpoint.read_columns(linear.tensor, start, stop).to(torch.float32).T.contiguous()
-        return self.checkpoint.read(linear.tensor, start, stop).to(torch.float32)
+        return block_copy(self.checkpoint.read(linear.tensor, start, stop), torch.float32)
 
 
 class AdapterWeights:
@@ -254,8 +261,9 @@ def plain_index(index: slice | Tensor, linear: LinearModule) -> slice | Tensor:
 
 def _runs(rows: Tensor) -> list[tuple[int, int]]:
     """Half-open ranges that sorted distinct row numbers cover."""
-    breaks = (rows[1:] != rows[:-1] + 1).nonzero().flatten()
-    firsts, lasts = torch.cat([rows[:1], rows[breaks + 1]]), torch.cat([rows[breaks], rows[-1:]])
+    numbers = rows.numpy()
+    breaks = np.flatnonzero(np.diff(numbers) != 1)
+    firsts, lasts = numbers[np.append(0, breaks + 1)], numbers[np.append(breaks, -1)]
     return list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))
 
 

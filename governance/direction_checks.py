@@ -14,7 +14,7 @@ from algorithms.weights import AdapterWeights, CheckpointWeights
 from governance.adapter_files import find_rows
 from governance.lineage_state import LineageState
 from governance.patch_artifact import ArtifactModule, PatchArtifact
-from governance.row_figures import stored_bits
+from governance.row_figures import differing_rows
 from governance.tensor_file import DTYPES
 
 _BLOCK_ENTRIES = 4 * 2**20
@@ -109,8 +109,8 @@ def unlike_head(
         columns = torch.cat(held)
         others = own.index_fill(1, columns, 0)
         own = own[:, columns].contiguous()
-        return (stored_bits(old) != stored_bits(own)).any(dim=1) | (others != 0).any(dim=1)
-    return (stored_bits(old) != stored_bits(own)).any(dim=1)
+        return differing_rows(old, own) | (others != 0).any(dim=1)
+    return differing_rows(old, own)
 
 
 def lora_of(subject: CheckpointWeights | AdapterWeights, module: str) -> tuple[Tensor, float] | None:

@@ -152,6 +152,10 @@ class PatchArtifact:
         """Fill `view` with the bytes of changed rows from `first` on, as they stand in the file."""
         self._file.read_into(view, f"{module}/{side}", first)
 
+    def read_scattered(self, views: Sequence[memoryview], module: str, side: Side, first: int) -> None:
+        """Fill views, one after the other, with the bytes of changed rows from `first` on."""
+        self._file.read_scattered(views, f"{module}/{side}", first)
+
     def columns(self, module: str, side: Side, first: int, last: int) -> Tensor:
         """Return the entries `first..last` of all changed rows, in the file's dtype."""
         stored = self._file.stored[f"{module}/{side}"]

@@ -6,16 +6,16 @@ and whatever is computed leaves the action on the claimed directions as it is (`
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from algorithms.block_tensors import block_copy
 from algorithms.editors import Editor, EditSources, Selection
 from algorithms.kept_directions import KeepingEditor, RebasedEditor
-from algorithms.parallel import in_parallel
 from algorithms.settings import FgsnSettings
 from algorithms.weights import AdapterWeights
 from governance.adapter_files import with_extension
@@ -24,9 +24,6 @@ from governance.patch_artifact import ArtifactModule, ArtifactWriter, PatchArtif
 from governance.row_figures import ModuleOutcome, RowFigures
 from governance.tensor_file import DTYPES
 from governance.weight_state import checkpoint_of
-
-ROW_THREADS = 4
-"""Of how many modules rows are computed at once, at most: each takes a few blocks, and the directions of its module."""
 
 
 @contextmanager
@@ -77,7 +74,7 @@ class PlannedRows:
     def write_all(
         self, writer: ArtifactWriter, modules: Sequence[ArtifactModule], rows: Mapping[str, Tensor]
     ) -> Iterator[ModuleOutcome]:
-        """Compute the rows of all modules into the artifact, several modules at a time.
+        """Compute the rows of all modules into the artifact, one module after another.
 
         Args:
             writer: of the artifact; each module has its own place there.
@@ -91,17 +88,11 @@ class PlannedRows:
             NonFiniteError: a row cannot be computed.
             OSError: the artifact cannot be written.
         """
-
-        def write(module: ArtifactModule) -> ModuleOutcome:
-            return self._write(writer, module, rows[module.name])
-
         settings = self.selection.settings
-        if isinstance(settings, FgsnSettings) and settings.projects:
-            # Each would hold blocks of a whole module, and torch multiplies those on all cores anyway.
-            yield from map(write, modules)
-            return
-        with _torch_on_one_core():
-            yield from in_parallel(write, modules, lambda module: module.rows * module.in_features, most=ROW_THREADS)
+        multiplies = isinstance(settings, FgsnSettings) and settings.projects
+        with nullcontext() if multiplies else _torch_on_one_core():
+            for module in modules:
+                yield self._write(writer, module, rows[module.name])
 
     def _write(self, writer: ArtifactWriter, module: ArtifactModule, rows: Tensor) -> ModuleOutcome:
         dtype = DTYPES[module.dtype]
@@ -115,7 +106,7 @@ class PlannedRows:
 
         for edit in editor.edits():
             # Rows are read as float32, which holds every stored dtype exactly.
-            old, new = edit.before.to(dtype), edit.values.to(dtype)
+            old, new = block_copy(edit.before, dtype), block_copy(edit.values, dtype)
             del edit  # what follows needs the room
             writer.put(f"{module.name}/old", old, figures.rows)
             writer.put(f"{module.name}/new", new, figures.rows)
@@ -138,7 +129,7 @@ class PlannedRows:
 
 @contextmanager
 def _torch_on_one_core() -> Iterator[None]:
-    """Let torch compute on one core inside, where many of its operations run side by side and each is small."""
+    """Let torch compute on one core inside, where its operations are many and small; results are then any machine's."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from algorithms.block_tensors import block_copy
 from algorithms.differences import squared_norm
 
 
@@ -40,10 +41,10 @@ class RowFigures:
         """Count a block of rows, old (n, width) and new (n, width + extension) in the file's dtype."""
         wide = widened(old, new.shape[1])
         self.rows += len(new)
-        self._unchanged += int((stored_bits(wide) == stored_bits(new)).all(dim=1).sum())
-        after = new.float()
+        self._unchanged += len(new) - int(differing_rows(wide, new).sum())
+        after = block_copy(new, torch.float32)
         self._after += _squares(after)
-        change = wide.to(torch.float32, copy=True)
+        change = block_copy(wide, torch.float32)
         self._before += _squares(change)
         self._change += _squares(change.sub_(after))
 
@@ -61,7 +62,7 @@ class RowFigures:
 
 def _squares(rows: Tensor) -> float:
     """‖rows‖_F² of (n, width) float32: of each row in float32, or all in float64 where that is too narrow."""
-    total = float(torch.linalg.vecdot(rows, rows).double().sum())
+    total = float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
     return total if math.isfinite(total) else squared_norm(rows)
 
 
@@ -72,6 +73,9 @@ def widened(rows: Tensor, width: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(len(rows), width - rows.shape[1])], dim=1)
 
 
-def stored_bits(values: Tensor) -> Tensor:
-    """Return the stored bits as integers: two zeros of different sign are different bytes."""
-    return values.view(torch.int32 if values.dtype.itemsize == 4 else torch.int16)
+def differing_rows(old: Tensor, new: Tensor) -> Tensor:
+    """Return which rows of two tensors (n, width) of one dtype differ in a byte, bool (n,): zeros of other sign do."""
+    size = old.shape[1] * old.element_size()
+    whole = next(kind for kind in (torch.int64, torch.int32, torch.int16) if size % kind.itemsize == 0)
+    one, other = (rows.contiguous().view(whole).numpy() for rows in (old, new))
+    return torch.from_numpy((one != other).any(axis=1))

@@ -225,6 +225,6 @@ def splice(block: Block, artifact: PatchArtifact, module: ArtifactModule, side: 
         return
     first, last = np.searchsorted(places, (block.start, block.stop)).tolist()
     if first < last:
-        with borrowed((last - first) * block.rows.shape[1]) as new:
-            artifact.read_into(new, module.name, side, first)
-            block.rows[places[first:last] - block.start] = np.frombuffer(new, np.uint8).reshape(last - first, -1)
+        size = len(block.content) // (block.stop - block.start)
+        begins = ((places[first:last] - block.start) * size).tolist()
+        artifact.read_scattered([block.content[begin : begin + size] for begin in begins], module.name, side, first)

@@ -9,14 +9,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from algorithms.safetensors_files import read_header, read_ranges
+from algorithms.safetensors_files import read_header, read_ranges, read_scattered
 from registry.files import write_at
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
@@ -93,6 +92,11 @@ class TensorFile(Mapping[str, Tensor]):
         stored = self.stored[name]
         read_ranges(self.path, [(stored.begin + first * stored.row_bytes, len(view))], view)
 
+    def read_scattered(self, views: Sequence[memoryview], name: str, first: int = 0) -> None:
+        """Fill views, one after the other, as `read_into` fills one."""
+        stored = self.stored[name]
+        read_scattered(self.path, stored.begin + first * stored.row_bytes, views)
+
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
 
@@ -141,8 +145,6 @@ class TensorFileWriter:
         prefix = header_bytes(specs, metadata)
         self._begin = len(prefix)
         self._length = self._begin + position
-        # Once it is closed its number may be another file's: no thread that is still at work may write to that.
-        self._lock = Lock()
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             write_at(self._descriptor, prefix, 0)
@@ -160,8 +162,7 @@ class TensorFileWriter:
         offset, spec = self._offsets[name]
         if DTYPE_NAMES[tensor.dtype] != spec.dtype or row + tensor.shape[0] > spec.shape[0]:
             raise ValueError(f"{name}: {tuple(tensor.shape)} of {tensor.dtype} does not fit {spec}")
-        with self._lock:
-            write_at(self._descriptor, tensor_bytes(tensor), self._begin + offset + row * spec.row_bytes)
+        write_at(self._descriptor, tensor_bytes(tensor), self._begin + offset + row * spec.row_bytes)
 
     def __enter__(self) -> Self:
         return self
@@ -169,8 +170,7 @@ class TensorFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._lock:
-            descriptor, self._descriptor = self._descriptor, _CLOSED
+        descriptor, self._descriptor = self._descriptor, _CLOSED
         try:
             if kind is None and self._flush:
                 os.fsync(descriptor)

@@ -4,8 +4,10 @@ import time
 from threading import get_ident
 
 import pytest
+import torch
 
 from algorithms import buffers
+from algorithms.block_tensors import block_copy, empty_block
 from algorithms.buffers import BUFFER_BYTES, borrowed
 from algorithms.digests import read_pieces
 from algorithms.parallel import in_parallel
@@ -62,3 +64,31 @@ def test_reading_that_ends_early_gives_the_memory_back(free, tmp_path):
     pieces.close()
     assert len(free) == 1
     assert b"".join(bytes(piece) for piece in read_pieces(tmp_path / "weights", 10, 90, 30)) == bytes(range(10, 90))
+
+
+def test_memory_under_a_tensor_is_lent_again_once_no_part_of_it_is_left(free):
+    rows = block_copy(torch.ones(BUFFER_BYTES // 32, 4, dtype=torch.bfloat16), torch.float32)
+    part, free_meanwhile = rows[2:4], len(free)
+    del rows
+    assert (free_meanwhile, len(free)) == (0, 0)
+    another = empty_block((BUFFER_BYTES,), torch.uint8).fill_(7)
+    assert torch.equal(part, torch.ones(2, 4))
+    del part, another
+    assert len(free) == 2
+    assert len({id(buffer) for buffer in free}) == 2
+
+
+@pytest.mark.parametrize("size", [0, 1, BUFFER_BYTES // 8 - 1, BUFFER_BYTES + 1])
+def test_small_and_large_tensors_have_memory_of_their_own(free, size):
+    tensor = empty_block((size,), torch.uint8)
+    assert tensor.shape == (size,)
+    del tensor
+    assert free == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_copy_is_rounded_as_torch_rounds(free, dtype):
+    values = torch.randn(BUFFER_BYTES // 16, 3, generator=torch.Generator().manual_seed(1))
+    copy = block_copy(values, dtype)
+    assert torch.equal(copy, values.to(dtype))
+    assert copy.data_ptr() != values.data_ptr()

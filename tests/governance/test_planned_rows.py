@@ -1,4 +1,4 @@
-"""The rows of a planned patch are the same bytes, however many threads compute them."""
+"""The rows of a planned patch are the same bytes on every machine, and of what fails the first is named."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -48,21 +48,25 @@ def test_rows_do_not_depend_on_threads(
     scenario = scenarios(form(trios, adapter_trios))
     plan = scenario.plan("animals", **settings)
     found = []
-    for threads in (1, 2, 8):
-        monkeypatch.setattr(parallel, "THREADS", threads)
-        found.append(computed(scenario, plan))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 8):
+            monkeypatch.setattr(parallel, "THREADS", threads)
+            if settings.get("operation") != "project":  # whose products torch divides among its threads
+                torch.set_num_threads(threads)
+            found.append(computed(scenario, plan))
+    finally:
+        torch.set_num_threads(before)
     assert found[0] == found[1] == found[2]
     assert len(plan.touched) > 1
     assert [outcome.module for outcome in found[0][1]] == [module.module for module in plan.touched]
 
 
-@pytest.mark.parametrize("threads", [1, 8])
 def test_of_several_modules_whose_rows_cannot_be_computed_the_first_is_named(
-    scenario: Scenario, monkeypatch: pytest.MonkeyPatch, threads: int
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = scenario.plan("animals", budget=0.3)
     second, later = (module.module for module in plan.touched[1:3])
-    monkeypatch.setattr(parallel, "THREADS", threads)
     edits = RowEditor.edits
 
     def damaged(editor: RowEditor) -> Iterator[RowEdit]:
@@ -76,7 +80,7 @@ def test_of_several_modules_whose_rows_cannot_be_computed_the_first_is_named(
     assert scenario.workspace.store.leftovers() == ()
 
 
-def test_torch_computes_on_one_core_beside_others_and_on_all_again_afterwards(
+def test_torch_computes_rows_on_one_core_and_on_all_again_afterwards(
     scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = scenario.plan("animals", budget=0.3)
@@ -98,8 +102,8 @@ def test_torch_computes_on_one_core_beside_others_and_on_all_again_afterwards(
         torch.set_num_threads(before)
 
 
-def test_threads_that_outlive_the_writer_write_to_no_other_file(tmp_path: Path) -> None:
-    """As after a second interrupt, which does not wait for them: the closed file's number may be another's by then."""
+def test_a_writer_that_is_closed_writes_to_no_other_file(tmp_path: Path) -> None:
+    """The closed file's number may be another's by then."""
     with TensorFileWriter(tmp_path / "rows", [TensorSpec("a", "F32", (2, 2))], {}) as writer:
         writer.put("a", torch.ones(2, 2))
     other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)

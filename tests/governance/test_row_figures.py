@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from governance.row_figures import RowFigures
+from governance.row_figures import RowFigures, differing_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -37,3 +37,16 @@ def test_squares_that_float32_does_not_hold_are_summed_all_the_same() -> None:
     found = figures.outcome()
     assert found.norm_after == pytest.approx(6e25)
     assert found.change_norm == pytest.approx(4e25)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.bfloat16, 3), (torch.bfloat16, 2), (torch.float32, 1), (torch.float16, 8)]
+)
+def test_rows_differ_where_a_byte_does(dtype: torch.dtype, width: int) -> None:
+    old = torch.zeros(4, width, dtype=dtype)
+    new = old.clone()
+    new[1, width - 1] = -0.0
+    new[2, 0] = torch.finfo(dtype).tiny
+    assert differing_rows(old, new).tolist() == [False, True, True, False]
+    apart = torch.zeros(4, width + 1, dtype=dtype)[:, :width]  # rows that do not follow one another in memory
+    assert differing_rows(apart, new).tolist() == [False, True, True, False]
