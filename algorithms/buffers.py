@@ -6,12 +6,13 @@ run; pages that the system gives anew can cost more than reading a file into the
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from mmap import ACCESS_COPY, mmap
 from weakref import finalize
 
 BUFFER_BYTES = 2**20
 """Size of a buffer; what asks for more than this gets memory of its own."""
 
-_free: list[bytearray] = []
+_free: list[mmap] = []
 
 
 @contextmanager
@@ -41,8 +42,9 @@ def lent(size: int) -> memoryview:
     return view
 
 
-def _taken() -> bytearray:
+def _taken() -> mmap:
     try:
         return _free.pop()
     except IndexError:
-        return bytearray(BUFFER_BYTES)
+        # Whole pages of the process's own: aligned, and in memory only as far as they were written to.
+        return mmap(-1, BUFFER_BYTES, access=ACCESS_COPY)

@@ -1,6 +1,7 @@
 """Borrowed memory belongs to one borrower at a time, and is used again."""
 
 import time
+from mmap import mmap
 from threading import get_ident
 
 import pytest
@@ -14,9 +15,9 @@ from algorithms.parallel import in_parallel
 
 
 @pytest.fixture
-def free(monkeypatch) -> list[bytearray]:
+def free(monkeypatch) -> list[mmap]:
     """The buffers that nobody has borrowed; none at first."""
-    found: list[bytearray] = []
+    found: list[mmap] = []
     monkeypatch.setattr(buffers, "_free", found)
     return found
 
