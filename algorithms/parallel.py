@@ -29,8 +29,6 @@ def in_parallel(
     work: Callable[[Part], Result],
     parts: Iterable[Part],
     size: Callable[[Part], int] | None = None,
-    *,
-    most: int | None = None,
 ) -> Generator[Result, None, None]:
     """Do the same work on many parts, `THREADS` at a time.
 
@@ -40,7 +38,6 @@ def in_parallel(
         parts: the parts; they do not depend on one another. What makes them works in the caller's thread.
         size: how large a part is. The largest is begun first, so that it is not the last one to end; left out, each
             part is begun as soon as it is there.
-        most: threads at most, where each needs much memory.
 
     Yields:
         What came of each part, in the order of the parts.
@@ -52,7 +49,7 @@ def in_parallel(
     numbered: Iterable[tuple[int, Part]] = enumerate(parts)
     if size is not None:
         numbered = sorted(numbered, key=lambda pair: -size(pair[1]))
-    with ThreadPoolExecutor(max_workers=min(THREADS, most or THREADS)) as pool:
+    with ThreadPoolExecutor(max_workers=THREADS) as pool:
         running: dict[int, Future[Result]] = {}
         try:
             for position, part in numbered:
