@@ -17,9 +17,10 @@ from algorithms.weights import LoraFactors, WeightSource, row_blocks
 
 # Half the usual block: a difference holds two operands and the result at once.
 BLOCK_BYTES = 16 * 2**20
-# What is read through once and let go: it stays in a processor's cache, and narrow modules fill a block too, so that
-# memory does not depend on how wide a model is. Smaller blocks take time, larger ones memory.
-STREAM_BYTES = 2**19
+# What is read through once and let go: narrow modules fill a block too, so that memory does not depend on how wide a
+# model is. Smaller blocks take time, larger ones memory.
+STREAM_BYTES = 2**20
+_LEAST_SQUARES, _MOST_SQUARES = 1e-24, 1e36  # between them float32 holds every square that counts
 
 
 @runtime_checkable
@@ -122,7 +123,10 @@ class Difference:
 
 
 def squared_norm(rows: Tensor) -> float:
-    """‖rows‖_F², summed in float64."""
+    """‖rows‖_F², each row summed in float32 where that can hold the squares, and the rows in float64."""
+    squares = float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+    if _LEAST_SQUARES < squares < _MOST_SQUARES:
+        return squares
     return float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
 
 

@@ -7,6 +7,7 @@ that the operator never expands. Sources: SafeLoRA 2405.16833 (N = ‖V‖_F), F
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,22 +40,38 @@ class SafetyProjection:
     def __init__(self, V: Difference, normalization: Normalization, energy: float = 0.9, *, clamp: bool = True) -> None:
         self.V = V
         self.basis: Tensor | None = None
-        self.scale = 0.0  # 1/N after clamping; 0 where V = 0, so that C = 0
-        # With N = ‖V‖_F the bound is nearly always asked for, and then costs no reading of its own.
-        bound = _LargestEigenvalueBound(V) if clamp and normalization == "fro" and V.factors() is None else None
-        norm = V.norm() if bound is None else bound.norm
-        if norm == 0.0:
-            return
+        self._normalization = normalization
+        self._bound = _LargestEigenvalueBound(V) if clamp else None
         if normalization == "orthogonal":
-            self.basis = _left_singular_vectors(V, energy)
-            self.scale = 1.0
-            return
-        outputs, inputs = V.shape
-        divisor = {"fro": norm, "numel": float(outputs * inputs), "in": float(inputs)}[normalization]
+            self.basis = _left_singular_vectors(V, energy) if V.norm() else torch.zeros(V.shape[0], 0)
+
+    @cached_property
+    def scale(self) -> float:
+        """1/N after clamping; 0 where V = 0, so that C = 0. Costs passes over V that `blocks` has not made."""
+        if self.basis is not None:
+            return 1.0 if self.basis.shape[1] else 0.0
+        norm = self._norm()
+        if norm == 0.0:
+            return 0.0
+        outputs, inputs = self.V.shape
+        divisor = {"fro": norm, "numel": float(outputs * inputs), "in": float(inputs)}[self._normalization]
         # λ_max(C) = σ_max(V)²/N ≤ ‖V‖_F²/N: the cheap bound often settles it.
-        if clamp and norm**2 > divisor:
-            divisor = _clamped(V, divisor, bound)
-        self.scale = 1.0 / divisor
+        if self._bound is not None and norm**2 > divisor:
+            divisor = _clamped(self.V, divisor, self._bound)
+        return 1.0 / divisor
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """All rows of V in order, a block at a time; in the first pass `scale` learns what it needs on the way."""
+        if self._bound is None or self._bound.power or self.basis is not None:
+            return self.V.blocks()
+        return self._bound.learning()
+
+    def _norm(self) -> float:
+        if self._bound is None or self.V.factors() is not None:
+            return self.V.norm()
+        if not self._bound.power:
+            self._bound.tighten()
+        return self._bound.norm
 
     @property
     def is_zero(self) -> bool:
@@ -87,10 +104,10 @@ class ProjectedMatrix:
     def rows(self, index: Tensor) -> Tensor:
         """Rows of C M, float32 (n, columns)."""
         C = self._projection
-        if C.is_zero:
-            return torch.zeros(len(index), self._columns)
         if C.basis is None and C.V.factors() is None and 2 * self._columns > min(C.V.shape):
             return self._streamed(index)
+        if C.is_zero:
+            return torch.zeros(len(index), self._columns)
         if self._right is None:
             self._right = self._right_factor()
         return self._left(index) @ self._right
@@ -120,8 +137,10 @@ class ProjectedMatrix:
         C = self._projection
         rows = C.V.rows(index)
         total = torch.zeros(len(index), self._columns)
-        for block in self._blocks():
-            total.addmm_(rows @ C.V.rows(block).T, self._matrix(block))
+        if not bool(rows.any()):
+            return total
+        for block, V_block in C.blocks():
+            total.addmm_(rows @ V_block.T, self._matrix(block))
         return total.mul_(C.scale)
 
     def _blocks(self) -> Iterator[slice]:
@@ -136,11 +155,10 @@ def largest_singular_value(V: Difference) -> float:
     return float(max(_ritz_values(V), default=0.0) ** 0.5)
 
 
-def _clamped(V: Difference, divisor: float, bound: "_LargestEigenvalueBound | None") -> float:
+def _clamped(V: Difference, divisor: float, bound: "_LargestEigenvalueBound") -> float:
     """max(divisor, σ_max²), without finding σ_max where it plainly stays below."""
     if V.factors() is not None:
         return max(divisor, largest_singular_value(V) ** 2)
-    bound = bound or _LargestEigenvalueBound(V)
     while bound.value >= divisor and bound.power < _POWERS:
         bound.tighten()
     if bound.value < divisor:
@@ -156,38 +174,44 @@ class _LargestEigenvalueBound:
     this is 1e-9, and λ ≤ (max_ω ‖(VᵀV)^q ω‖ / τ)^(1/q). (The argument is that of Dixon 1983, SIAM J. Numer. Anal. 20.)
 
     Attributes:
-        norm: ‖V‖_F, from the first pass.
-        power: q.
+        norm: ‖V‖_F; known after the first pass, as the bound is.
+        power: q, the number of passes.
         value: the bound.
     """
 
     def __init__(self, V: Difference) -> None:
         self._V = V
-        generator = torch.Generator().manual_seed(0)
-        self._vectors = torch.randn(V.shape[1], _RANDOM_VECTORS, generator=generator)
+        self._vectors: Tensor | None = None
         self._log_scale = 0.0
         self.power = 0
-        self.norm = self._multiply() ** 0.5
+        self.norm = math.nan
+        self.value = math.inf
 
     def tighten(self) -> None:
         """Raise q by one, which costs one pass over V."""
-        self._multiply()
+        for _ in self.learning():
+            pass
 
-    def _multiply(self) -> float:
-        image = torch.zeros_like(self._vectors)
+    def learning(self) -> Iterator[tuple[slice, Tensor]]:
+        """One pass over V, whose blocks are given on; q is raised at its end."""
+        vectors = self._vectors
+        if vectors is None:
+            vectors = torch.randn(self._V.shape[1], _RANDOM_VECTORS, generator=torch.Generator().manual_seed(0))
+        image = torch.zeros(vectors.shape[::-1])  # transposed, which is twice as fast
         squares = 0.0
-        for _, rows in self._V.blocks():
+        for block, rows in self._V.blocks():
             squares += squared_norm(rows)
-            image.addmm_(rows.T, rows @ self._vectors)
+            image.addmm_((rows @ vectors).T, rows)
+            yield block, rows
+        self.norm = squares**0.5
         self.power += 1
-        length = float(torch.linalg.vector_norm(image, dim=0, dtype=torch.float64).max())
+        length = float(torch.linalg.vector_norm(image, dim=1, dtype=torch.float64).max())
         if length > 0.0:
-            self._vectors = image / length
+            self._vectors = image.T / length
             self._log_scale += math.log(length)
         # The margin is for products in float32.
         smallest = _CHANCE ** (1 / _RANDOM_VECTORS) * math.sqrt(math.pi / 2)
         self.value = 1.001 * math.exp((self._log_scale - math.log(smallest)) / self.power) if length > 0.0 else 0.0
-        return squares
 
 
 def _ritz_values(V: Difference) -> Iterator[float]:

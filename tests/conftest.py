@@ -1,5 +1,7 @@
 """Fixtures that every part's tests may use."""
 
+from typing import Any
+
 import pytest
 from hypothesis import settings
 
@@ -13,7 +15,7 @@ from tests.databases import (  # noqa: F401  pytest finds fixtures by name here
     sqlite_databases,
     sqlite_registry,
 )
-from tests.fault_tally import EDIT_TALLY, TALLY, EditTally, Tally
+from tests.fault_tally import EDIT_TALLY, TALLY, EditTally, Tally, add_tallies, tallies
 
 # A deadline fails a test for what else the machine was doing.
 settings.register_profile("neuronledger", deadline=None)
@@ -30,6 +32,18 @@ def fault_tally(pytestconfig: pytest.Config) -> Tally:
 def edit_tally(pytestconfig: pytest.Config) -> EditTally:
     """Counts the edits of the record that tests try, for the last lines of the run."""
     return pytestconfig.stash.setdefault(EDIT_TALLY, EditTally())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In one of several processes: hand the counts to the one that reports."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["tallies"] = tallies(session.config.stash)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any) -> None:
+    """In the process that reports: count what another one has tried, unless that died."""
+    add_tallies(node.config.stash, getattr(node, "workeroutput", {}).get("tallies", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

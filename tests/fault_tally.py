@@ -1,6 +1,7 @@
 """How many faults a run of the tests has tried, and how many edits of the record."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 import pytest
 
@@ -35,3 +36,18 @@ class EditTally:
 
 TALLY = pytest.StashKey[Tally]()
 EDIT_TALLY = pytest.StashKey[EditTally]()
+
+
+def tallies(stash: pytest.Stash) -> dict[str, dict[str, int]]:
+    """What a process has counted, in plain values."""
+    return {"faults": asdict(stash.get(TALLY, Tally())), "edits": asdict(stash.get(EDIT_TALLY, EditTally()))}
+
+
+def add_tallies(stash: pytest.Stash, other: Mapping[str, Mapping[str, int]]) -> None:
+    """Add what another process has counted."""
+    for name, tally in (
+        ("faults", stash.setdefault(TALLY, Tally())),
+        ("edits", stash.setdefault(EDIT_TALLY, EditTally())),
+    ):
+        for field, count in other.get(name, {}).items():
+            setattr(tally, field, getattr(tally, field) + count)

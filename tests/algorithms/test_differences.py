@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from algorithms import differences
-from algorithms.differences import Difference, require_finite_values, same_checkpoint
+from algorithms.differences import Difference, require_finite_values, same_checkpoint, squared_norm
 from algorithms.errors import NonFiniteError
 from algorithms.weights import LoraFactors
 from tests.algorithms.fakes import full, lora, low_rank, noise
@@ -75,3 +75,11 @@ def test_no_sum_hides_nan_or_infinity(values: list[float]) -> None:
 def test_finite_values_pass_even_where_their_sum_overflows(values: list[float]) -> None:
     given = torch.tensor(values)
     assert require_finite_values(given, "m", "The row") is given
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-20, 1e-6, 1.0, 1e15, 1e30, 1e37])
+def test_the_squared_norm_of_any_float32_is_found(scale: float) -> None:
+    rows = scale * noise(40, 33, seed=7)
+    assert squared_norm(rows) == pytest.approx(float(rows.double().square().sum()), rel=1e-6)
+    mixed = torch.cat([rows, noise(3, 33, seed=8)])
+    assert squared_norm(mixed) == pytest.approx(float(mixed.double().square().sum()), rel=1e-6)

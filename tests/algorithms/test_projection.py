@@ -105,6 +105,7 @@ def test_the_quick_bound_is_never_below_the_largest_eigenvalue(
     dense = V.rows(slice(0, shape[0])).double()
     largest = float(torch.linalg.svdvals(dense)[0]) ** 2
     bound = projection._LargestEigenvalueBound(V)
+    bound.tighten()
     assert bound.norm == pytest.approx(float(dense.norm()))
     for _ in range(projection._POWERS):
         assert bound.value >= largest
@@ -114,6 +115,7 @@ def test_the_quick_bound_is_never_below_the_largest_eigenvalue(
 def test_the_quick_bound_settles_a_flat_spectrum_in_the_pass_that_finds_the_norm() -> None:
     V = directions((400, 300), 2, factored=False, scale=0.01)
     bound = projection._LargestEigenvalueBound(V)
+    bound.tighten()
     dense = V.rows(slice(0, 400)).double()
     largest = float(torch.linalg.svdvals(dense)[0]) ** 2
     assert largest <= bound.value < bound.norm < bound.norm**2
@@ -128,7 +130,8 @@ def test_the_quick_bound_of_nothing_is_zero() -> None:
     bound = projection._LargestEigenvalueBound(
         Difference(full("x", m=torch.zeros(3, 4)), full("y", m=torch.zeros(3, 4)), "m")
     )
-    bound.tighten()
+    for _ in range(2):
+        bound.tighten()
     assert (bound.norm, bound.value) == (0.0, 0.0)
 
 
@@ -144,8 +147,8 @@ class CountedWeights(FullWeights):
         return found
 
 
-def test_projecting_some_rows_reads_each_model_twice_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pass finds norm and bound, one multiplies; the selected rows themselves are read beside."""
+def test_projecting_some_rows_reads_each_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass that multiplies finds norm and bound too; the selected rows themselves are read beside."""
     for part in (differences, projection):
         monkeypatch.setattr(part, "STREAM_BYTES", 4 * 300 * 32)
     monkeypatch.setattr(differences, "BLOCK_BYTES", 0)
@@ -157,7 +160,7 @@ def test_projecting_some_rows_reads_each_model_twice_at_most(monkeypatch: pytest
     found = C.of(lambda index: update[index], 300).rows(wanted)
     V = (aligned.weights["m"] - base.weights["m"]).double()
     torch.testing.assert_close(found.double(), (V[wanted] @ V.T @ update.double()) / V.norm(), atol=1e-5, rtol=1e-5)
-    assert aligned.rows_read == base.rows_read == 2 * 400 + len(wanted)
+    assert aligned.rows_read == base.rows_read == 400 + len(wanted)
 
 
 @pytest.mark.parametrize("shape", [(30, 8), (8, 30)])
