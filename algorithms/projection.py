@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from algorithms.differences import STREAM_BYTES, Difference, factored_core, squared_norm
+from algorithms.parallel import trailing
 from algorithms.settings import Normalization
 from algorithms.weights import row_blocks
 
@@ -139,8 +140,15 @@ class ProjectedMatrix:
         total = torch.zeros(len(index), self._columns)
         if not bool(rows.any()):
             return total
-        for block, V_block in C.blocks():
-            total.addmm_(rows @ V_block.T, self._matrix(block))
+        threads = torch.get_num_threads()
+
+        def multiply(blocks: tuple[Tensor, Tensor]) -> None:
+            of_V, of_M = blocks
+            torch.set_num_threads(threads)  # or the product would take every core in a thread that is new
+            total.addmm_(rows @ of_V.T, of_M)
+
+        for _ in trailing(multiply, ((of_V, self._matrix(block)) for block, of_V in C.blocks())):
+            pass
         return total.mul_(C.scale)
 
     def _blocks(self) -> Iterator[slice]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from threading import current_thread
 from typing import Any
 
 import pytest
@@ -161,6 +162,18 @@ def test_projecting_some_rows_reads_each_model_once(monkeypatch: pytest.MonkeyPa
     V = (aligned.weights["m"] - base.weights["m"]).double()
     torch.testing.assert_close(found.double(), (V[wanted] @ V.T @ update.double()) / V.norm(), atol=1e-5, rtol=1e-5)
     assert aligned.rows_read == base.rows_read == 400 + len(wanted)
+
+
+def test_the_thread_that_multiplies_takes_as_many_cores_as_the_caller_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread that is new MKL takes every core, and does not tell."""
+    told: dict[str, int] = {}
+    ours = current_thread().name
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: told.update({current_thread().name: threads}))
+    C = SafetyProjection(directions((30, 8), 4, factored=False, scale=1.0), "fro")
+    C.of(lambda index: torch.eye(30)[index], 30).rows(torch.tensor([0, 3]))
+    assert list(told.values()) == [7]
+    assert ours not in told
 
 
 @pytest.mark.parametrize("shape", [(30, 8), (8, 30)])
