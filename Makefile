@@ -1,5 +1,5 @@
 # make demo   the main job on the embedded default: a small model made on the spot, SQLite, a table and a report
-# make test   the tests, on SQLite and PostgreSQL, one process for each core
+# make test   the tests, on SQLite and PostgreSQL, a process for each core, 8 at most
 # make check  formatting, lint, types, import rules
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/neuronledger demo --output demo
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
