@@ -74,9 +74,8 @@ def candidate_of(ready: PreparedPatch, placement: Placement) -> Iterator[Candida
 
 def _digest_after(ready: PreparedPatch) -> str:
     recorded = ready.plan.lineage.recorded
-    tensors = [
-        replace(tensor, digest=ready.expected.get(name, tensor.digest)) for name, tensor in recorded.tensors.items()
-    ]
+    digests = {name: content.digest for name, content in ready.expected.items()}
+    tensors = [replace(tensor, digest=digests.get(name, tensor.digest)) for name, tensor in recorded.tensors.items()]
     return digest_of(tensors, recorded.files)
 
 

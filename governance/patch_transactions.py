@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from sqlalchemy.orm import Session
 
+from algorithms.digests import ExpectedContent
 from governance.errors import PlanError
 from governance.gates import Decision
 from governance.lineage_history import applied_before
@@ -42,7 +43,7 @@ class IntendedRevert:
     sequence: int
     state_digest: str
     files: LineageFiles
-    expected: Mapping[str, str]
+    expected: Mapping[str, ExpectedContent]
 
 
 def begin_apply(

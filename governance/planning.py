@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 from torch import Tensor
 
+from algorithms.digests import ExpectedContent
 from algorithms.editors import EditSources, Selection, Settings
 from algorithms.parallel import beside
 from algorithms.selection import new_rows
@@ -130,7 +131,7 @@ class PreparedPatch:
         artifact: the rows, sealed.
         artifact_digest: SHA-256 of the artifact.
         outcomes: what the rows of each touched module came to.
-        expected: what `check_change` returned: the digests that touched tensors will have.
+        expected: what `check_change` returned: what touched tensors will hold.
         identify: gives the id of the patch's identification; where there is none yet, records it in the session that
             records the patch.
         origin: where an imported patch comes from.
@@ -140,7 +141,7 @@ class PreparedPatch:
     artifact: Path
     artifact_digest: str
     outcomes: tuple[ModuleOutcome, ...]
-    expected: Mapping[str, str]
+    expected: Mapping[str, ExpectedContent]
     identify: Callable[[Session], int]
     origin: Origin | None = None
 
@@ -239,7 +240,7 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
         yield PreparedPatch(plan, path, digest, outcomes, expected, identify=lambda _: plan.identification_id)
 
 
-def sealed(workspace: Workspace, lineage: LineageState, artifact: Path) -> tuple[str, Mapping[str, str]]:
+def sealed(workspace: Workspace, lineage: LineageState, artifact: Path) -> tuple[str, Mapping[str, ExpectedContent]]:
     """Seal a new artifact, while what it would change is checked.
 
     Returns:

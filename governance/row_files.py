@@ -16,7 +16,7 @@ from torch import Tensor
 
 from algorithms.buffers import borrowed
 from algorithms.checkpoints import Checkpoint, StoredTensor
-from algorithms.digests import TENSOR_ALGORITHM, new_hash, read_pieces
+from algorithms.digests import TENSOR_ALGORITHM, ExpectedContent, new_checksum, new_hash, read_pieces
 from algorithms.parallel import in_parallel, trailing
 from governance.errors import WeightsChangedError
 from governance.patch_artifact import BLOCK_BYTES, ArtifactModule, PatchArtifact, Side
@@ -26,17 +26,17 @@ from registry.files import write_at
 
 @dataclass(frozen=True)
 class TensorChange:
-    """The digest of one tensor as it is and as it will be once rows are rewritten."""
+    """The digest of one tensor as it is, and what it will hold once rows are rewritten."""
 
     tensor: str
     before: str
-    after: str
+    after: ExpectedContent
 
 
 def tensor_changes(
     checkpoint: Checkpoint, artifact: PatchArtifact, side: Side, algorithms: Mapping[str, str]
 ) -> dict[str, TensorChange]:
-    """Read every touched tensor once and return its digest now and after the rows become `side` of the artifact.
+    """Read every touched tensor once: its digest now, and what it will hold once the rows are `side` of the artifact.
 
     Args:
         checkpoint: the working checkpoint.
@@ -52,13 +52,15 @@ def tensor_changes(
 
     def change(module: ArtifactModule) -> TensorChange:
         algorithm = algorithms.get(module.tensor, TENSOR_ALGORITHM)
-        before, after = new_hash(algorithm), new_hash(algorithm)
+        before, after, checksum = new_hash(algorithm), new_hash(algorithm), new_checksum()
         rows = artifact.rows(module.name)
         for block in tensor_blocks(checkpoint.path, checkpoint.stored(module.tensor)):
             before.update(block.content)
             splice(block, artifact, module, side, rows)
             after.update(block.content)
-        return TensorChange(module.tensor, before.hexdigest(), after.hexdigest())
+            checksum.update(block.content)
+        expected = ExpectedContent(after.hexdigest(), checksum.hexdigest())
+        return TensorChange(module.tensor, before.hexdigest(), expected)
 
     def size(module: ArtifactModule) -> int:
         stored = checkpoint.stored(module.tensor)

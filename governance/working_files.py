@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from algorithms.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
 from algorithms.checkpoints import Checkpoint
-from algorithms.digests import new_hash
+from algorithms.digests import ExpectedContent, new_hash
 from algorithms.errors import AdapterError, CheckpointError
 from algorithms.safetensors_files import SafetensorsHeader, StoredTensor, read_header
 from governance.adapter_files import ComposedAdapter, compose_adapter, config_bytes, remove_unfinished, write_adapter
@@ -76,11 +77,11 @@ class LineageFiles:
     recorded: Recorded
 
 
-def check_change(files: LineageFiles) -> Mapping[str, str]:
+def check_change(files: LineageFiles) -> Mapping[str, ExpectedContent]:
     """Refuse a change that `write_change` would refuse, before anything says that it began.
 
     Returns:
-        Digest that each touched tensor of a full checkpoint will have, by name; an adapter is composed anew instead.
+        What each touched tensor of a full checkpoint will hold, by name; an adapter is composed anew instead.
 
     Raises:
         WeightsChangedError: a tensor or file that would change is not what was recorded.
@@ -103,7 +104,7 @@ def check_change(files: LineageFiles) -> Mapping[str, str]:
     return {tensor: states.after for tensor, states in changes.items()}
 
 
-def write_change(files: LineageFiles, expected: Mapping[str, str]) -> FilesAfter:
+def write_change(files: LineageFiles, expected: Mapping[str, ExpectedContent]) -> FilesAfter:
     """Write a change to the working checkpoint and prove that nothing else changed.
 
     Args:
@@ -171,11 +172,11 @@ def finish_change(files: LineageFiles) -> FilesAfter:
         back = tensor_changes(checkpoint, artifact, "old" if change.side == "new" else "new", recorded.algorithms)
         again = tensor_changes(checkpoint, artifact, change.side, recorded.algorithms)
     for tensor, states in back.items():
-        if states.after != recorded.tensors[tensor].digest:
+        if states.after.digest != recorded.tensors[tensor].digest:
             raise _changed(files.working, tensor, "is not what was recorded")
-        if again[tensor].before != again[tensor].after:
+        if again[tensor].before != again[tensor].after.digest:
             raise _changed(files.working, tensor, "was not written as intended")
-    return _proved(files, written, {tensor: states.before for tensor, states in back.items()})
+    return _proved(files, written, {tensor: states.after for tensor, states in again.items()})
 
 
 def measure_working(working: Path, recorded: Recorded) -> FilesAfter:
@@ -183,11 +184,11 @@ def measure_working(working: Path, recorded: Recorded) -> FilesAfter:
     return _measured(working, recorded, _all_files(recorded))
 
 
-def _proved(files: LineageFiles, written: Iterable[str], expected: Mapping[str, str]) -> FilesAfter:
+def _proved(files: LineageFiles, written: Iterable[str], expected: Mapping[str, ExpectedContent]) -> FilesAfter:
     """Read the written files back, each once it is given: touched tensors are as expected, all others as recorded."""
-    after = _measured(files.working, files.recorded, written)
+    after = _measured(files.working, files.recorded, written, expected)
     digests = {name: state.digest for name, state in files.recorded.tensors.items()}
-    _require_expected(files.working, after, digests | dict(expected))
+    _require_expected(files.working, after, digests | {name: content.digest for name, content in expected.items()})
     return after
 
 
@@ -248,8 +249,13 @@ def _composed(files: LineageFiles) -> Iterator[tuple[Adapter, ComposedAdapter]]:
         yield adapter, compose_adapter(adapter, opened)
 
 
-def _measured(working: Path, recorded: Recorded, chosen: Iterable[str]) -> FilesAfter:
-    """Hash the chosen files again, tensor by tensor; the others keep what was recorded.
+def _measured(
+    working: Path,
+    recorded: Recorded,
+    chosen: Iterable[str],
+    expected: Mapping[str, ExpectedContent] = MappingProxyType({}),
+) -> FilesAfter:
+    """Hash the chosen files again, tensor by tensor, as far as they are not `expected`; the others keep their record.
 
     What gives the files may write them: a file is hashed by other threads as soon as it is given.
     """
@@ -264,7 +270,7 @@ def _measured(working: Path, recorded: Recorded, chosen: Iterable[str]) -> Files
                 headers.append(read_header(working / file))
                 yield from headers[-1].tensors.values()
 
-    found = measure_tensors(working, stored(), recorded.algorithms)
+    found = measure_tensors(working, stored(), recorded.algorithms, expected)
     files = {file.file: file for file in recorded.files if file.file not in written}
     tensors = {name: tensor for name, tensor in recorded.tensors.items() if tensor.file not in written}
     tensors.update({tensor.name: tensor for tensor in found})

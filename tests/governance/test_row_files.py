@@ -12,6 +12,7 @@ from torch import Tensor
 
 from algorithms import parallel
 from algorithms.checkpoints import Checkpoint, StoredTensor
+from algorithms.digests import ExpectedContent, new_checksum
 from governance import row_files
 from governance.errors import WeightsChangedError
 from governance.patch_artifact import open_artifact
@@ -32,7 +33,7 @@ def test_digests_of_a_change_do_not_depend_on_threads_or_blocks(
     subject, head = Checkpoint.open(scenario.trio.subject), Checkpoint.open(scenario.working)
     with open_artifact(scenario.artifact(1)) as artifact:
         names = [module.tensor for module in artifact.modules]
-        expected = {name: TensorChange(name, _digest(head, name), _digest(subject, name)) for name in names}
+        expected = {name: TensorChange(name, _digest(head, name), _content(subject, name)) for name in names}
         for threads in THREADS:
             for block_bytes in (100, 2**20):
                 monkeypatch.setattr(parallel, "THREADS", threads)
@@ -85,5 +86,15 @@ def _size(stored: StoredTensor) -> int:
 
 
 def _digest(checkpoint: Checkpoint, tensor: str) -> str:
+    return blake3(_bytes(checkpoint, tensor)).hexdigest()
+
+
+def _content(checkpoint: Checkpoint, tensor: str) -> ExpectedContent:
+    checksum = new_checksum()
+    checksum.update(_bytes(checkpoint, tensor))
+    return ExpectedContent(_digest(checkpoint, tensor), checksum.hexdigest())
+
+
+def _bytes(checkpoint: Checkpoint, tensor: str) -> bytes:
     stored = checkpoint.stored(tensor)
-    return blake3((checkpoint.path / stored.file).read_bytes()[stored.begin : stored.end]).hexdigest()
+    return (checkpoint.path / stored.file).read_bytes()[stored.begin : stored.end]
