@@ -6,7 +6,7 @@ the storage rows that it crosses are rewritten with the other columns as they ar
 
 import os
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,20 +156,20 @@ class _InPlaceFile:
         self._descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
 
     def put(self, offset: int, content: bytes | memoryview) -> None:
-        with self._named():
+        try:
             write_at(self._descriptor, content, offset)
+        except OSError as error:
+            raise self._named(error) from error
 
     def sync(self) -> None:
-        with self._named():
-            os.fsync(self._descriptor)
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """A descriptor's errors do not say which file."""
         try:
-            yield
+            os.fsync(self._descriptor)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+            raise self._named(error) from error
+
+    def _named(self, error: OSError) -> OSError:
+        """A descriptor's errors do not say which file."""
+        return OSError(error.errno, error.strerror, str(self.path))
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -185,20 +185,20 @@ def _write_module(
             splice(block, artifact, module, side, rows)
             target.put(stored.begin + block.start * stored.row_bytes, block.content)
         return
-    height = max(1, BLOCK_BYTES // stored.row_bytes)
-    with borrowed(height * stored.row_bytes) as content:
+    size = stored.row_bytes
+    height = max(1, BLOCK_BYTES // size)
+    with borrowed(height * size) as content:
         for first in range(0, len(rows), height):
             some = rows[first : first + height]
-            artifact.read_into(content[: len(some) * stored.row_bytes], module.name, side, first)
-            for begin, end in _runs(some):
-                piece = content[begin * stored.row_bytes : end * stored.row_bytes]
-                target.put(stored.begin + int(some[begin]) * stored.row_bytes, piece)
+            artifact.read_into(content[: len(some) * size], module.name, side, first)
+            for row, begin, end in _runs(some):
+                target.put(stored.begin + row * size, content[begin * size : end * size])
 
 
-def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of positions whose rows follow one another in the file."""
-    breaks = (torch.nonzero(rows[1:] != rows[:-1] + 1).flatten() + 1).tolist()
-    yield from zip([0, *breaks], [*breaks, len(rows)], strict=True)
+def _runs(rows: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Rows that follow one another in the file: the first row, and the half-open range of their positions."""
+    begins = [0, *(torch.nonzero(rows[1:] != rows[:-1] + 1).flatten() + 1).tolist()]
+    yield from zip(rows[begins].tolist(), begins, [*begins[1:], len(rows)], strict=True)
 
 
 def tensor_blocks(directory: Path, stored: StoredTensor) -> Iterator[Block]:
