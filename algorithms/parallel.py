@@ -7,7 +7,8 @@ it does not depend on how many there are: results come in the order in which the
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import BoundedSemaphore
 from typing import TypeVar
 
 Part = TypeVar("Part")
@@ -30,7 +31,7 @@ def in_parallel(
     parts: Iterable[Part],
     size: Callable[[Part], int] | None = None,
 ) -> Generator[Result, None, None]:
-    """Do the same work on many parts, `THREADS` at a time.
+    """Do the same work on many parts, `THREADS` at a time; while parts are being made, that counts as one.
 
     Args:
         work: what is done with each part, in a thread that is not the caller's. It writes at most to places that are
@@ -49,11 +50,18 @@ def in_parallel(
     numbered: Iterable[tuple[int, Part]] = enumerate(parts)
     if size is not None:
         numbered = sorted(numbered, key=lambda pair: -size(pair[1]))
+    free = BoundedSemaphore(THREADS)
+
+    def done(part: Part) -> Result:
+        with free:
+            return work(part)
+
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         running: dict[int, Future[Result]] = {}
         try:
-            for position, part in numbered:
-                running[position] = pool.submit(work, part)
+            with free if THREADS > 1 else nullcontext():
+                for position, part in numbered:
+                    running[position] = pool.submit(done, part)
             for position in range(len(running)):
                 result = running[position].result()
                 del running[position]

@@ -171,7 +171,7 @@ def _prepared(
             neurons_selected=sum(len(module.rows) for module in modules if not module.directions),
             neurons_protected=0,
         )
-        digest, expected = sealed(workspace, lineage, path)
+        digest, expected = sealed(workspace, lineage, path, artifact.modules)
         with workspace.registry.read() as session:
             require_head(queries.get_lineage(session, lineage_name), lineage)
         origin = Origin(exported.provenance, file_sha256)

@@ -5,8 +5,9 @@ the patch artifact, under a temporary name: a dry run stops there, a run goes on
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from governance.errors import PlanError, SpaceError
 from governance.gate_rules import RuleResult
 from governance.identification import stored_identification
 from governance.lineage_state import LineageState, read_lineage, telling_writers_apart
-from governance.patch_artifact import ArtifactHeader, ArtifactWriter
+from governance.patch_artifact import ArtifactHeader, ArtifactModule, ArtifactWriter
 from governance.planned_rows import artifact_module, planned_rows
 from governance.provenance import Origin
 from governance.references import edit_sources
@@ -229,19 +230,20 @@ def prepared(workspace: Workspace, plan: PatchPlan) -> Iterator[PreparedPatch]:
     require_space(workspace.store.directory, 2 * plan.bytes)
     require_space(lineage.working, 2 * plan.bytes if lineage.is_adapter else 0)
     with workspace.store.writer() as path:
-        try:
-            outcomes = _computed(workspace, plan, path)
-        except OSError as error:
-            raise SpaceError(
-                f"the patch artifact in {workspace.store.directory} cannot be written ({error.strerror or error})",
-                "free space there, or mend its permissions",
-            ) from error
-        digest, expected = sealed(workspace, lineage, path)
+        digest, outcomes, expected = _computed(workspace, plan, path)
         yield PreparedPatch(plan, path, digest, outcomes, expected, identify=lambda _: plan.identification_id)
 
 
-def sealed(workspace: Workspace, lineage: LineageState, artifact: Path) -> tuple[str, Mapping[str, ExpectedContent]]:
-    """Seal a new artifact, while what it would change is checked.
+def sealed(
+    workspace: Workspace, lineage: LineageState, artifact: Path, computed: Iterable[ArtifactModule]
+) -> tuple[str, Mapping[str, ExpectedContent]]:
+    """Seal a new artifact once its rows are computed, while what it would change is checked.
+
+    Args:
+        workspace: whose store the artifact is in.
+        lineage: what it would change.
+        artifact: the artifact, with its header and room for every row.
+        computed: its modules, each given once its rows are there.
 
     Returns:
         SHA-256 of the artifact, and what `check_change` returned.
@@ -254,14 +256,22 @@ def sealed(workspace: Workspace, lineage: LineageState, artifact: Path) -> tuple
     """
     change = Change(artifact=artifact, side="new", applied_after=())
     files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
-    with beside(lambda: workspace.store.seal(artifact)) as sealing:
+    with ExitStack() as held:
+        sealing: list[Future[str]] = []
+
+        def until_all() -> Iterator[ArtifactModule]:
+            yield from computed
+            sealing.append(held.enter_context(beside(lambda: workspace.store.seal(artifact))))
+
         with telling_writers_apart(workspace, lineage.name, lineage.state_digest):
-            expected = check_change(files)
-        return sealing.result(), expected
+            expected = check_change(files, until_all())
+        return sealing[0].result(), expected
 
 
-def _computed(workspace: Workspace, plan: PatchPlan, path: Path) -> tuple[ModuleOutcome, ...]:
-    """Compute every row into an artifact at `path`."""
+def _computed(
+    workspace: Workspace, plan: PatchPlan, path: Path
+) -> tuple[str, tuple[ModuleOutcome, ...], Mapping[str, ExpectedContent]]:
+    """Compute every row into an artifact at `path`, which is sealed and checked on the way."""
     with planned_rows(plan.lineage, plan.identification, plan.sources) as planned:
         rows = {module.module: module.rows for module in plan.touched}
         header = ArtifactHeader(
@@ -272,13 +282,34 @@ def _computed(workspace: Workspace, plan: PatchPlan, path: Path) -> tuple[Module
             settings_digest=plan.settings_digest,
             modules=tuple(planned.described(name, chosen) for name, chosen in rows.items()),
         )
-        with ArtifactWriter(path, header) as writer:
+        with _naming_the_store(workspace):
+            opened = ArtifactWriter(path, header)
+        with opened as writer:
             outcomes: list[ModuleOutcome] = []
-            for outcome in planned.write_all(writer, header.modules, rows):
-                workspace.progress("computing rows", len(outcomes), len(rows))
-                outcomes.append(outcome)
-        workspace.progress("computing rows", len(rows), len(rows))
-    return tuple(outcomes)
+
+            def computed() -> Iterator[ArtifactModule]:
+                with _naming_the_store(workspace):
+                    written = planned.write_all(writer, header.modules, rows)
+                    for module, outcome in zip(header.modules, written, strict=True):
+                        workspace.progress("computing rows", len(outcomes), len(rows))
+                        outcomes.append(outcome)
+                        yield module
+                workspace.progress("computing rows", len(rows), len(rows))
+
+            digest, expected = sealed(workspace, plan.lineage, path, computed())
+    return digest, tuple(outcomes), expected
+
+
+@contextmanager
+def _naming_the_store(workspace: Workspace) -> Iterator[None]:
+    """A descriptor's errors do not say which file."""
+    try:
+        yield
+    except OSError as error:
+        raise SpaceError(
+            f"the patch artifact in {workspace.store.directory} cannot be written ({error.strerror or error})",
+            "free space there, or mend its permissions",
+        ) from error
 
 
 def _require_head(workspace: Workspace, planned: LineageState) -> None:

@@ -5,7 +5,7 @@ the storage rows that it crosses are rewritten with the other columns as they ar
 """
 
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,11 @@ class TensorChange:
 
 
 def tensor_changes(
-    checkpoint: Checkpoint, artifact: PatchArtifact, side: Side, algorithms: Mapping[str, str]
+    checkpoint: Checkpoint,
+    artifact: PatchArtifact,
+    side: Side,
+    algorithms: Mapping[str, str],
+    computed: Iterable[ArtifactModule] | None = None,
 ) -> dict[str, TensorChange]:
     """Read every touched tensor once: its digest now, and what it will hold once the rows are `side` of the artifact.
 
@@ -43,14 +47,16 @@ def tensor_changes(
         artifact: the rows.
         side: `new` to apply, `old` to take back.
         algorithms: tensor name → the algorithm that its recorded digest is in.
+        computed: the artifact's modules, each given once its rows are there: its tensor is read in another thread
+            while what gives them computes the next. If left out, all are there.
 
     Raises:
         CheckpointError: a file cannot be read, or ends early.
         WeightsChangedError: a tensor is of another shape or dtype than the rows.
     """
-    _require_fit(checkpoint, artifact)
 
     def change(module: ArtifactModule) -> TensorChange:
+        _require_fit(checkpoint, artifact, module)
         algorithm = algorithms.get(module.tensor, TENSOR_ALGORITHM)
         before, after, checksum = new_hash(algorithm), new_hash(algorithm), new_checksum()
         rows = artifact.rows(module.name)
@@ -66,7 +72,8 @@ def tensor_changes(
         stored = checkpoint.stored(module.tensor)
         return stored.end - stored.begin
 
-    return {changed.tensor: changed for changed in in_parallel(change, artifact.modules, size)}
+    whole = in_parallel(change, artifact.modules, size) if computed is None else in_parallel(change, computed)
+    return {changed.tensor: changed for changed in whole}
 
 
 def write_rows(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) -> tuple[str, ...]:
@@ -95,9 +102,9 @@ def writing_rows(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) ->
         OSError: a file cannot be opened, written or flushed.
         WeightsChangedError: a tensor is of another shape or dtype than the rows; nothing was written.
     """
-    _require_fit(checkpoint, artifact)
     by_file: dict[str, list[ArtifactModule]] = {}
     for module in artifact.modules:
+        _require_fit(checkpoint, artifact, module)
         by_file.setdefault(checkpoint.stored(module.tensor).file, []).append(module)
 
     def written() -> Iterator[_InPlaceFile]:
@@ -121,13 +128,12 @@ def fits(stored: StoredTensor | None, artifact: PatchArtifact, module: ArtifactM
     return module.width == width and (not len(rows) or 0 <= int(rows.min()) <= int(rows.max()) < length)
 
 
-def _require_fit(checkpoint: Checkpoint, artifact: PatchArtifact) -> None:
-    for module in artifact.modules:
-        if not fits(checkpoint.stored(module.tensor), artifact, module):
-            raise WeightsChangedError(
-                f"{module.tensor} of {checkpoint.path} is of another shape or dtype than the rows of the patch",
-                "restore the file that holds it from a copy, then run neuronledger recover",
-            )
+def _require_fit(checkpoint: Checkpoint, artifact: PatchArtifact, module: ArtifactModule) -> None:
+    if not fits(checkpoint.stored(module.tensor), artifact, module):
+        raise WeightsChangedError(
+            f"{module.tensor} of {checkpoint.path} is of another shape or dtype than the rows of the patch",
+            "restore the file that holds it from a copy, then run neuronledger recover",
+        )
 
 
 def _flushed(target: "_InPlaceFile") -> str:

@@ -7,6 +7,7 @@ of all applied patches, and written whole.
 import hashlib
 import os
 import stat
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from algorithms.safetensors_files import SafetensorsHeader, StoredTensor, read_h
 from governance.adapter_files import ComposedAdapter, compose_adapter, config_bytes, remove_unfinished, write_adapter
 from governance.errors import SpaceError, WeightsChangedError
 from governance.lineage_state import Recorded
-from governance.patch_artifact import Side, open_artifact
+from governance.patch_artifact import ArtifactModule, Side, open_artifact
 from governance.row_files import tensor_changes, write_rows, writing_rows
 from governance.tensor_file import tensor_bytes
 from governance.weight_state import (
@@ -77,8 +78,14 @@ class LineageFiles:
     recorded: Recorded
 
 
-def check_change(files: LineageFiles) -> Mapping[str, ExpectedContent]:
+def check_change(
+    files: LineageFiles, computed: Iterable[ArtifactModule] | None = None
+) -> Mapping[str, ExpectedContent]:
     """Refuse a change that `write_change` would refuse, before anything says that it began.
+
+    Args:
+        files: the working checkpoint and the change.
+        computed: as in `tensor_changes`, where rows are still being written to the artifact; all of it is taken.
 
     Returns:
         What each touched tensor of a full checkpoint will hold, by name; an adapter is composed anew instead.
@@ -92,12 +99,13 @@ def check_change(files: LineageFiles) -> Mapping[str, ExpectedContent]:
         if artifact.header.form == "adapter":
             for name in _all_files(recorded):
                 _require_rewritable(working / name)
+            deque(computed or (), maxlen=0)
             _require_recorded(working, _measured(working, recorded, _all_files(recorded)), recorded)
             return {}
         checkpoint = Checkpoint.open(working)
         for file in sorted({checkpoint.stored(module.tensor).file for module in artifact.modules}):
             _require_rewritable(working / file)
-        changes = tensor_changes(checkpoint, artifact, change.side, recorded.algorithms)
+        changes = tensor_changes(checkpoint, artifact, change.side, recorded.algorithms, computed)
     for tensor, states in changes.items():
         if states.before != recorded.tensors[tensor].digest:
             raise _changed(working, tensor, "is not what was recorded")
