@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from algorithms import digests
 from algorithms.checkpoints import Checkpoint, StoredTensor
 from algorithms.digests import (
+    ExpectedContent,
     digest_file,
     digest_tensor,
     digest_weight_file,
+    has_content,
     named_digest,
+    new_checksum,
     new_hash,
     state_digest,
     tokenizer_digest,
@@ -59,6 +64,30 @@ def test_one_pass_gives_the_digests_of_separate_passes(tmp_path, monkeypatch, co
     for algorithm, plain in (("blake3", blake), ("sha256", sha256)):
         for tensor in tensors:
             assert digest_tensor(tmp_path, tensor, algorithm) == plain(content[tensor.begin : tensor.end])
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.binary(min_size=1, max_size=200), cuts=st.tuples(*[st.integers(0, 200)] * 2), flip=st.integers(0, 199)
+)
+def test_content_is_what_was_expected_until_a_byte_of_it_changes(tmp_path, content, cuts, flip):
+    begin, end = sorted(min(cut, len(content)) for cut in cuts)
+    flip %= len(content)
+    path, tensor = tmp_path / "weights", stored("a", begin, end)
+    path.write_bytes(content)
+    checksum = new_checksum()
+    checksum.update(content[begin:end])
+    expected = ExpectedContent(blake(content[begin:end]), checksum.hexdigest())
+    assert has_content(tmp_path, tensor, expected)
+    path.write_bytes(content[:flip] + bytes([content[flip] ^ 1]) + content[flip + 1 :])
+    assert has_content(tmp_path, tensor, expected) == (not begin <= flip < end)
+
+
+def test_a_checksum_is_another_in_every_process():
+    program = "from algorithms.digests import new_checksum; print(new_checksum().hexdigest())"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert len(run.stdout.strip()) == len(new_checksum().hexdigest()) == 32
+    assert run.stdout.strip() != new_checksum().hexdigest()
 
 
 def test_digests_of_a_sharded_checkpoint_are_those_of_its_tensors(tmp_path):

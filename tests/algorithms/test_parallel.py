@@ -96,6 +96,30 @@ def test_as_many_parts_are_at_work_as_there_are_threads_and_no_more(monkeypatch)
     assert most == 3
 
 
+def test_making_parts_counts_as_one_of_those_at_work(monkeypatch):
+    monkeypatch.setattr(parallel, "THREADS", 3)
+    lock, working, most = Lock(), 0, [0, 0]
+    made = False
+
+    def work(_: int) -> None:
+        nonlocal working
+        with lock:
+            working += 1
+            most[made] = max(most[made], working)
+        time.sleep(0.01)
+        with lock:
+            working -= 1
+
+    def parts():
+        nonlocal made
+        yield from range(20)
+        time.sleep(0.05)
+        made = True
+
+    list(in_parallel(work, parts()))
+    assert most == [2, 3]
+
+
 def test_cores_that_the_process_may_not_use_are_not_counted(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)

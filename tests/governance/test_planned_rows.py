@@ -3,18 +3,24 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 
 from algorithms import parallel
+from algorithms.checkpoints import Checkpoint, StoredTensor
 from algorithms.errors import NonFiniteError
 from algorithms.operations import RowEdit, RowEditor
+from governance import row_files
+from governance.errors import WeightsChangedError
 from governance.planning import PatchPlan, prepared
 from governance.row_figures import ModuleOutcome
+from governance.row_files import Block
 from governance.tensor_file import TensorFileWriter, TensorSpec
 from tests.governance.conftest import Scenarios, Trios
+from tests.governance.faults import flip_byte
 from tests.governance.scenarios import Scenario, Trio
 
 FORMS: Mapping[str, Callable[[Trios, Trios], Trio]] = {
@@ -77,6 +83,54 @@ def test_of_several_modules_whose_rows_cannot_be_computed_the_first_is_named(
     monkeypatch.setattr(RowEditor, "edits", damaged)
     with pytest.raises(NonFiniteError, match=f"of {second} holds"), prepared(scenario.workspace, plan):
         pass
+    assert scenario.workspace.store.leftovers() == ()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_tensor_is_checked_while_the_rows_of_the_next_module_are_computed(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(parallel, "THREADS", threads)
+    plan = scenario.plan("animals", budget=0.3)
+    checkpoint = Checkpoint.open(scenario.working)
+    first, last = plan.touched[0], plan.touched[-1]
+    begins, read = checkpoint.stored(f"{first.module}.weight").begin, Event()
+    edits, blocks = RowEditor.edits, row_files.tensor_blocks
+
+    def noted(directory: Path, stored: StoredTensor) -> Iterator[Block]:
+        yield from blocks(directory, stored)
+        if stored.begin == begins:
+            read.set()
+
+    def waiting(editor: RowEditor) -> Iterator[RowEdit]:
+        if editor.module.name == last.module:
+            assert read.wait(10)
+        yield from edits(editor)
+
+    monkeypatch.setattr(row_files, "tensor_blocks", noted)
+    monkeypatch.setattr(RowEditor, "edits", waiting)
+    with prepared(scenario.workspace, plan) as ready:
+        assert list(ready.expected) == [f"{module.module}.weight" for module in plan.touched]
+
+
+def test_rows_that_cannot_be_computed_are_told_though_a_tensor_is_not_what_was_recorded(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = scenario.plan("animals", budget=0.3)
+    edits = RowEditor.edits
+
+    def damaged(editor: RowEditor) -> Iterator[RowEdit]:
+        if editor.module.name == plan.touched[-1].module:
+            raise NonFiniteError(f"The computed edit of {editor.module.name} holds NaN", "Check the checkpoint")
+        yield from edits(editor)
+
+    stored = Checkpoint.open(scenario.working).stored(f"{plan.touched[0].module}.weight")
+    flip_byte(scenario.working / stored.file, stored.begin)
+    with pytest.raises(WeightsChangedError, match=f"^{stored.name} of the working checkpoint"):
+        computed(scenario, plan)
+    monkeypatch.setattr(RowEditor, "edits", damaged)
+    with pytest.raises(NonFiniteError, match=f"of {plan.touched[-1].module} holds"):
+        computed(scenario, plan)
     assert scenario.workspace.store.leftovers() == ()
 
 

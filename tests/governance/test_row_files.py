@@ -1,5 +1,6 @@
 """The digests of a change are those of its bytes, however many threads read them and however the file is cut up."""
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,10 +17,11 @@ from algorithms.digests import ExpectedContent, new_checksum
 from governance import row_files
 from governance.errors import WeightsChangedError
 from governance.patch_artifact import open_artifact
+from governance.recovery import recover
 from governance.row_files import TensorChange, tensor_changes, write_rows
 from tests.governance.conftest import Scenarios, Trios
 from tests.governance.faults import flip_byte
-from tests.governance.scenarios import Scenario
+from tests.governance.scenarios import Scenario, digests
 
 THREADS = [1, 2, 8]
 
@@ -57,6 +59,32 @@ def test_of_several_tensors_that_somebody_changed_the_first_is_named(
         flip_byte(scenario.working / stored.file, stored.begin)
     with pytest.raises(WeightsChangedError, match=f"^{touched[smallest].name} of the working checkpoint"):
         scenario.revert()
+
+
+def test_what_somebody_writes_into_a_tensor_while_rows_are_written_is_found(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the check, in rows that nobody touches, before anything is read back."""
+    plan = scenario.plan("animals")
+    changed = next(module.module for module in plan.touched if 0 not in module.rows.tolist())
+    stored = Checkpoint.open(scenario.working).stored(f"{changed}.weight")
+    write_module = row_files._write_module
+
+    def beside(target: Any, checkpoint: Any, artifact: Any, module: Any, side: Any) -> None:
+        write_module(target, checkpoint, artifact, module, side)
+        if side == "new" and module.name == changed:
+            flip_byte(scenario.working / stored.file, stored.begin)
+
+    monkeypatch.setattr(row_files, "_write_module", beside)
+    with pytest.raises(WeightsChangedError, match="Something else wrote there") as refused:
+        scenario.apply("animals")
+    assert re.match(f"{stored.name} of .* should have after the write", str(refused.value.__context__))
+    flip_byte(scenario.working / stored.file, stored.begin)
+    assert digests(scenario.working) == digests(scenario.trio.subject)
+    recover(scenario.workspace)
+    assert scenario.states() == ["rejected"]
+    assert scenario.claims() == {}
+    scenario.require_sound()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from threading import Event
 import pytest
 
 from algorithms import parallel
+from algorithms.digests import ExpectedContent, new_checksum
 from algorithms.errors import CheckpointError
 from algorithms.safetensors_files import StoredTensor
 from governance import weight_state
@@ -22,6 +23,22 @@ def test_of_several_tensors_that_cannot_be_read_the_first_is_named(tmp_path, mon
     tensors = [stored("whole", 10), *(stored(name, 9 + place, name) for place, name in enumerate("bca"))]
     with pytest.raises(CheckpointError, match="/b cannot be read"):
         measure_tensors(tmp_path, tensors, {})
+
+
+def test_a_tensor_that_has_the_expected_checksum_is_not_hashed(tmp_path, monkeypatch):
+    (tmp_path / "weights").write_bytes(bytes(10))
+    empty = new_checksum().hexdigest()
+    checksum = new_checksum()
+    checksum.update(bytes(4))
+    hashed = []
+    monkeypatch.setattr(weight_state, "digest_tensor", lambda _, tensor, __: hashed.append(tensor.name) or "its own")
+    expected = {
+        "first": ExpectedContent("expected", checksum.hexdigest()),
+        "second": ExpectedContent("expected", empty),
+    }
+    found = measure_tensors(tmp_path, [stored("first", 4), stored("second", 4), stored("third", 4)], {}, expected)
+    assert [tensor.digest for tensor in found] == ["expected", "its own", "its own"]
+    assert sorted(hashed) == ["second", "third"]
 
 
 def test_a_tensor_is_measured_while_the_next_is_still_to_come(tmp_path, monkeypatch):
