@@ -31,7 +31,10 @@ def in_parallel(
     parts: Iterable[Part],
     size: Callable[[Part], int] | None = None,
 ) -> Generator[Result, None, None]:
-    """Do the same work on many parts, `THREADS` at a time; while parts are being made, that counts as one.
+    """Do the same work on many parts, `THREADS` at a time.
+
+    Making the parts counts as one of them while it goes on; but a part is at work beside it also where there is one
+    thread.
 
     Args:
         work: what is done with each part, in a thread that is not the caller's. It writes at most to places that are
@@ -45,7 +48,7 @@ def in_parallel(
 
     Raises:
         Exception: what the parts' making raised; else what `work` raised of the first part, in their order, of which it
-            raised anything. Parts that had not begun by then are left.
+            raised anything. Parts that no thread has taken by then are left.
     """
     numbered: Iterable[tuple[int, Part]] = enumerate(parts)
     if size is not None:

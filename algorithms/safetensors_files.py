@@ -7,6 +7,7 @@ little-endian length, a JSON object of that many bytes that begins with `{` and 
 a buffer that the tensors cover entirely, without holes and without overlap.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -80,6 +81,7 @@ class SafetensorsHeader:
         file: file name.
         size: size of the file in bytes.
         data_begin: offset of the tensor buffer.
+        sha256: SHA-256 of the bytes before it, in hexadecimal.
         metadata: the `__metadata__` object, or None when the file has none.
         tensors: tensors by name, in the order of their offsets.
     """
@@ -87,6 +89,7 @@ class SafetensorsHeader:
     file: str
     size: int
     data_begin: int
+    sha256: str
     metadata: Mapping[str, str] | None
     tensors: Mapping[str, StoredTensor]
 
@@ -117,7 +120,12 @@ def read_header(path: Path) -> SafetensorsHeader:
     _check_cover(tensors, path, data_begin, size)
     _check_agreement(path, tensors)
     return SafetensorsHeader(
-        path.name, size, data_begin, metadata, MappingProxyType({tensor.name: tensor for tensor in tensors})
+        file=path.name,
+        size=size,
+        data_begin=data_begin,
+        sha256=hashlib.sha256(len(raw).to_bytes(LENGTH_BYTES, "little") + raw).hexdigest(),
+        metadata=metadata,
+        tensors=MappingProxyType({tensor.name: tensor for tensor in tensors}),
     )
 
 

@@ -320,10 +320,11 @@ def _record_return(
     """
     lineage = patch.lineage
     payload: dict[str, Any] = {"patch": patch.sequence, "failure": failure, "state_digest": lineage.state_digest}
-    if after.digest == lineage.state_digest:
+    if after.digest == lineage.state_digest and not after.foreign_headers:
         _record_files(session, lineage, after)
     else:
         payload["found_digest"] = after.digest
+        payload["foreign_headers"] = list(after.foreign_headers)
     workspace.record(session, action, "lineage", lineage.name, payload, records=[patch, lineage], before=before)
 
 

@@ -7,8 +7,8 @@ checkpoint.
 1. the artifact with old and new bytes is committed to the store;
 2. the registry says `applying` (or `reverting`), the ledger holds the intent, and the lineage is locked;
 3. the rows are written in place, file by file, and flushed;
-4. every tensor of a file that is flushed is hashed: touched ones must have the digest worked out beforehand, all others
-   the one that was recorded;
+4. every tensor of a file that is flushed is read back: touched ones must be what was worked out beforehand, all others
+   what was recorded;
 5. claims, state, digests and the result event are committed together, the head moves, and the lock is given back.
 
 Whatever fails after step 2 is undone from the artifact at once, or, after a kill, by `governance.recovery`.

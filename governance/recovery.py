@@ -172,7 +172,7 @@ def _recover(workspace: Workspace, patch_id: int, *, foreign: bool) -> RecoveryA
 
 
 def _require_digest(files: LineageFiles, after: FilesAfter, digest: str) -> None:
-    if after.digest != digest:
+    if after.digest != digest or after.foreign_headers:
         raise WeightsChangedError(
             f"the working checkpoint {files.working} could not be brought back to its recorded state",
             "something else wrote there; run neuronledger audit verify --weights to see which tensors differ",

@@ -4,7 +4,6 @@ A file whose size and modification time are the recorded ones is taken as unchan
 again. `audit verify --weights` hashes everything.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from algorithms.digests import (
     digest_tensor,
     has_content,
     named_digest,
-    read_pieces,
     state_digest,
     tree_digest,
 )
@@ -277,17 +275,15 @@ def measure_tensors(
 
 
 def tree_state(directory: Path, header: SafetensorsHeader, tensors: Iterable[TensorState]) -> FileState:
-    """State of a safetensors file of which every tensor's digest is known.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
+    """State of a safetensors file of which every tensor's digest is known."""
     status = (directory / header.file).stat()
-    head = hashlib.sha256()
-    for piece in read_pieces(directory / header.file, 0, header.data_begin):
-        head.update(piece)
+    return FileState(header.file, status.st_size, status.st_mtime_ns, tree_of(header.sha256, tensors), TREE)
+
+
+def tree_of(header: str, tensors: Iterable[TensorState]) -> str:
+    """`tree_digest` of a safetensors file whose header has this SHA-256 and whose tensors are these."""
     named = [(tensor.name, named_digest(tensor.digest, tensor.digest_algorithm)) for tensor in tensors]
-    return FileState(header.file, status.st_size, status.st_mtime_ns, tree_digest(head.hexdigest(), named), TREE)
+    return tree_digest(header, named)
 
 
 def require_unchanged(model: Model) -> None:

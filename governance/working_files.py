@@ -26,11 +26,13 @@ from governance.patch_artifact import ArtifactModule, Side, open_artifact
 from governance.row_files import tensor_changes, write_rows, writing_rows
 from governance.tensor_file import tensor_bytes
 from governance.weight_state import (
+    TREE,
     FileState,
     TensorState,
     digest_of,
     measure_plain_file,
     measure_tensors,
+    tree_of,
     tree_state,
 )
 
@@ -44,12 +46,15 @@ class FilesAfter:
         tensors: every tensor by name.
         digest: one digest of the weights.
         written: names of the files that were written.
+        foreign_headers: names of those of which other bytes stand before the first tensor than were recorded. The
+            digests of tensors do not cover them.
     """
 
     files: tuple[FileState, ...]
     tensors: Mapping[str, TensorState]
     digest: str
     written: tuple[str, ...]
+    foreign_headers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,7 @@ def finish_change(files: LineageFiles) -> FilesAfter:
     for tensor, states in back.items():
         if states.after.digest != recorded.tensors[tensor].digest:
             raise _changed(files.working, tensor, "is not what was recorded")
-        if again[tensor].before != again[tensor].after.digest:
+        if states.before != again[tensor].after.digest:
             raise _changed(files.working, tensor, "was not written as intended")
     return _proved(files, written, {tensor: states.after for tensor, states in again.items()})
 
@@ -193,10 +198,12 @@ def measure_working(working: Path, recorded: Recorded) -> FilesAfter:
 
 
 def _proved(files: LineageFiles, written: Iterable[str], expected: Mapping[str, ExpectedContent]) -> FilesAfter:
-    """Read the written files back, each once it is given: touched tensors are as expected, all others as recorded."""
+    """Read the written files back, each once it is given: touched tensors are as expected, all else as recorded."""
     after = _measured(files.working, files.recorded, written, expected)
     digests = {name: state.digest for name, state in files.recorded.tensors.items()}
     _require_expected(files.working, after, digests | {name: content.digest for name, content in expected.items()})
+    for file in after.foreign_headers:
+        raise _changed(files.working, f"the header of {file}", "is not what was recorded")
     return after
 
 
@@ -292,6 +299,7 @@ def _measured(
         tensors=tensors,
         digest=digest_of(tensors.values(), files.values()),
         written=tuple(written),
+        foreign_headers=tuple(header.file for header in headers if not _has_recorded(header, recorded)),
     )
 
 
@@ -300,6 +308,13 @@ def _require_expected(working: Path, after: FilesAfter, expected: Mapping[str, s
         found = after.tensors.get(name)
         if found is None or found.digest != expected.get(name):
             raise _changed(working, name, "does not have the digest that it should have after the write")
+
+
+def _has_recorded(header: SafetensorsHeader, recorded: Recorded) -> bool:
+    """Whether a header is the recorded one; True where the record is of the whole file and does not tell."""
+    record = next(file for file in recorded.files if file.file == header.file)
+    tensors = [tensor for tensor in recorded.tensors.values() if tensor.file == header.file]
+    return record.digest_algorithm != TREE or tree_of(header.sha256, tensors) == record.digest
 
 
 def _changed(working: Path, what: str, how: str) -> WeightsChangedError:

@@ -99,21 +99,23 @@ def test_as_many_parts_are_at_work_as_there_are_threads_and_no_more(monkeypatch)
 def test_making_parts_counts_as_one_of_those_at_work(monkeypatch):
     monkeypatch.setattr(parallel, "THREADS", 3)
     lock, working, most = Lock(), 0, [0, 0]
-    made = False
+    made, several = False, Event()
 
-    def work(_: int) -> None:
+    def work(part: int) -> None:
         nonlocal working
         with lock:
             working += 1
             most[made] = max(most[made], working)
+        if part == 5:
+            several.set()
         time.sleep(0.01)
         with lock:
             working -= 1
 
     def parts():
         nonlocal made
-        yield from range(20)
-        time.sleep(0.05)
+        yield from range(30)
+        assert several.wait(10)
         made = True
 
     list(in_parallel(work, parts()))

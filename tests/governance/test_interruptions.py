@@ -178,6 +178,37 @@ def test_rows_that_a_finished_revert_did_not_write_are_not_taken_for_written(
     scenario.require_sound()
 
 
+@pytest.mark.parametrize("readings", [1, 2])
+def test_what_somebody_writes_while_a_revert_is_finished_is_found(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch, readings: int
+) -> None:
+    """In a row that no patch writes, of a tensor that one does, once that was read so many times."""
+    scenario.apply("animals")
+    new = digests(scenario.working)
+    with struck_by(Fault(scenario.working, "write", 2, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
+        scenario.revert()
+    changed = next(module for module, rows in scenario.artifact_rows(1).items() if rows and 0 not in rows)
+    path, offset = _offsets(scenario, changed)
+    read, calls = working_files.tensor_changes, []
+
+    def then_written(*arguments: Any) -> Any:
+        changes = read(*arguments)
+        calls.append(arguments)
+        if len(calls) == readings:
+            flip_byte(path, offset)
+        return changes
+
+    with monkeypatch.context() as patched:
+        patched.setattr(working_files, "tensor_changes", then_written)
+        with pytest.raises(WeightsChangedError):
+            recover(scenario.workspace)
+    assert scenario.states() == ["applied"]
+    assert any(changed in finding.problem for finding in _findings(scenario))
+    flip_byte(path, offset)
+    assert digests(scenario.working) == new
+    scenario.require_sound()
+
+
 @pytest.mark.parametrize("kind", ["scenario", "lora_scenario"])
 def test_a_kill_after_the_intent_and_one_before_the_result(
     pick: Pick, kind: str, monkeypatch: pytest.MonkeyPatch
