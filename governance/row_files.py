@@ -72,8 +72,8 @@ def tensor_changes(
         stored = checkpoint.stored(module.tensor)
         return stored.end - stored.begin
 
-    whole = in_parallel(change, artifact.modules, size) if computed is None else in_parallel(change, computed)
-    return {changed.tensor: changed for changed in whole}
+    changes = in_parallel(change, artifact.modules, size) if computed is None else in_parallel(change, computed)
+    return {changed.tensor: changed for changed in changes}
 
 
 def write_rows(checkpoint: Checkpoint, artifact: PatchArtifact, side: Side) -> tuple[str, ...]:
