@@ -28,7 +28,6 @@ from governance.planning import PatchPlan, PreparedPatch, prepared
 from governance.recovery import files_of, settle_revert, undo_apply
 from governance.working_files import Change, LineageFiles, check_change, write_change
 from governance.workspace import Workspace
-from neuronledger import NeuronLedgerError
 from registry import locks
 
 
@@ -94,8 +93,8 @@ def write_patch(
             after = write_change(files, ready.expected)
             _require_judged(judged, after.digest)
             return patch_transactions.finish_apply(workspace, ready, patch_id, after, token)
-        except (NeuronLedgerError, OSError) as failure:
-            undo_apply(workspace, patch_id, str(failure), token)
+        except Exception as failure:  # also of memory or threads that the system does not give
+            undo_apply(workspace, patch_id, str(failure) or repr(failure), token)
             raise
 
 
@@ -131,8 +130,8 @@ def revert_patch(
         patch_id = patch_transactions.begin_revert(workspace, lineage_name, intended, reason, token)
         try:
             after = write_change(intended.files, intended.expected)
-        except (NeuronLedgerError, OSError) as failure:
-            settle_revert(workspace, patch_id, token, failure=str(failure))
+        except Exception as failure:  # also of memory or threads that the system does not give
+            settle_revert(workspace, patch_id, token, failure=str(failure) or repr(failure))
             raise
         return patch_transactions.finish_revert(workspace, patch_id, after, token)
 

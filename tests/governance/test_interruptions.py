@@ -1,7 +1,7 @@
 """Failures and kills in the middle of a patch: the state is the one before or the one after, and nothing is hidden."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from algorithms.checkpoints import Checkpoint
 from cli import main
-from governance import patch_transactions, patching, working_files
+from governance import patch_transactions, patching, row_files, working_files
 from governance.auditing import verify
 from governance.dry_runs import dry_run
 from governance.errors import InterruptedPatchError, SpaceError, WeightsChangedError
@@ -109,6 +109,36 @@ def test_a_failing_disk_leaves_the_version_before_a_revert(
     scenario.revert()
     scenario.revert()
     assert digests(scenario.working) == digests(scenario.trio.subject)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("can't start new thread"), MemoryError()])
+def test_what_the_system_does_not_give_leaves_the_version_before(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    """After the first file was written: its flushing needs a thread and memory."""
+    scenario.apply("weapons")
+    old = digests(scenario.working)
+
+    trailing = row_files.trailing
+
+    def failing(work: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any]:
+        monkeypatch.setattr(row_files, "trailing", trailing)  # the undo gets what it needs
+        for part in parts:
+            work(part)
+            raise failure
+        yield
+
+    for act in (lambda: scenario.apply("animals"), scenario.revert):
+        monkeypatch.setattr(row_files, "trailing", failing)
+        with pytest.raises(type(failure)):
+            act()
+    assert digests(scenario.working) == old
+    assert scenario.states() == ["applied", "rejected"]
+    told = [
+        payload["failure"] for action, payload in scenario.events() if action in {"patch.undone", "patch.revert-undone"}
+    ]
+    assert told == [str(failure) or repr(failure)] * 2
+    scenario.require_sound()
 
 
 @POINTS
