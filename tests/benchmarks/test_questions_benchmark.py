@@ -49,7 +49,11 @@ def test_a_slow_answer_fails() -> None:
     assert not Answer("q", 1, 2.1, 1.0, "events", 0.1).holds
 
 
-def test_the_figures_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_figures_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long they take: a busy machine fails no test."""
+    monkeypatch.setattr("questions.LIMIT_SECONDS", 600.0)
     file = tmp_path / "figures.json"
     arguments = ["--neurons", "1000", "--events", "120", "--times", "1", "--directory", str(tmp_path)]
     assert main([*arguments, "--json", str(file)]) == 0
