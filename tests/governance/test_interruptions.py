@@ -2,7 +2,6 @@
 
 import errno
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from governance.planning import plan_patch
 from governance.recovery import RecoveryAction, recover
 from registry.errors import NeuronProtectedError, RegistryError
 from registry.heads import HeldHeads
-from tests.governance.faults import Effect, Fault, Kind, flip_byte, killed, struck_by
+from tests.governance.faults import Effect, Fault, Kind, killed, struck_by
 from tests.governance.scenarios import Scenario, digests
 
 Pick = Callable[[str], Scenario]
@@ -208,37 +207,6 @@ def test_rows_that_a_finished_revert_did_not_write_are_not_taken_for_written(
     scenario.require_sound()
 
 
-@pytest.mark.parametrize("readings", [1, 2])
-def test_what_somebody_writes_while_a_revert_is_finished_is_found(
-    scenario: Scenario, monkeypatch: pytest.MonkeyPatch, readings: int
-) -> None:
-    """In a row that no patch writes, of a tensor that one does, once that was read so many times."""
-    scenario.apply("animals")
-    new = digests(scenario.working)
-    with struck_by(Fault(scenario.working, "write", 2, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
-        scenario.revert()
-    changed = next(module for module, rows in scenario.artifact_rows(1).items() if rows and 0 not in rows)
-    path, offset = _offsets(scenario, changed)
-    read, calls = working_files.tensor_changes, []
-
-    def then_written(*arguments: Any) -> Any:
-        changes = read(*arguments)
-        calls.append(arguments)
-        if len(calls) == readings:
-            flip_byte(path, offset)
-        return changes
-
-    with monkeypatch.context() as patched:
-        patched.setattr(working_files, "tensor_changes", then_written)
-        with pytest.raises(WeightsChangedError):
-            recover(scenario.workspace)
-    assert scenario.states() == ["applied"]
-    assert any(changed in finding.problem for finding in _findings(scenario))
-    flip_byte(path, offset)
-    assert digests(scenario.working) == new
-    scenario.require_sound()
-
-
 @pytest.mark.parametrize("kind", ["scenario", "lora_scenario"])
 def test_a_kill_after_the_intent_and_one_before_the_result(
     pick: Pick, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -365,88 +333,3 @@ def test_a_committed_patch_stays_when_only_the_head_file_fails(
     assert "`neuronledger recover` completes it" in finding.problem
     recover(scenario.workspace)
     scenario.require_sound()
-
-
-def _offsets(scenario: Scenario, plan_module: str | None) -> tuple[Path, int]:
-    """A byte of a tensor: of a module that the plan touches, or of the embedding."""
-    checkpoint = Checkpoint.open(scenario.working)
-    name = f"{plan_module}.weight" if plan_module else "model.embed_tokens.weight"
-    stored = checkpoint.stored(name)
-    return scenario.working / stored.file, stored.begin + 5
-
-
-@pytest.mark.parametrize("where", ["touched", "untouched"])
-def test_a_byte_that_somebody_changed_refuses_the_apply_and_is_not_hidden(scenario: Scenario, where: str) -> None:
-    """Its size and time are as recorded, so only reading the tensors shows it."""
-    plan = scenario.plan("animals")
-    changed = next(
-        module.module
-        for module in plan.touched
-        if 0 not in module.rows.tolist()  # the byte is outside the rows that the patch writes
-    )
-    path, offset = _offsets(scenario, changed if where == "touched" else None)
-    flip_byte(path, offset)
-    if where == "touched":
-        with pytest.raises(WeightsChangedError):
-            dry_run(scenario.workspace, plan)
-    foreign = digests(scenario.working)
-    with pytest.raises(WeightsChangedError) as refusal:
-        apply_patch(scenario.workspace, plan)
-    assert refusal.value.exit_code == 1
-    if where == "touched":  # seen before anything says that the patch began
-        assert scenario.states() == []
-        assert digests(scenario.working) == foreign
-    else:
-        assert scenario.states() == ["rejected"]
-        with pytest.raises(WeightsChangedError, match="changed outside the ledger"):
-            scenario.apply("animals")
-    findings = [finding.problem for finding in _findings(scenario)]
-    tensor = f"{changed}.weight" if where == "touched" else "model.embed_tokens.weight"
-    assert any(tensor in problem for problem in findings)
-    flip_byte(path, offset)
-    scenario.require_sound()
-    assert scenario.apply("animals").state == "applied"
-
-
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_byte_that_somebody_changed_refuses_the_revert_and_is_not_hidden(
-    scenario: Scenario, *, interrupted: bool
-) -> None:
-    scenario.apply("animals")
-    before = digests(scenario.working)
-    path, offset = _offsets(scenario, None)
-    if interrupted:
-        with struck_by(Fault(scenario.working, "write", 2, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
-            scenario.revert()
-    flip_byte(path, offset)
-    with pytest.raises(WeightsChangedError):
-        recover(scenario.workspace) if interrupted else scenario.revert()
-    assert scenario.states() == ["applied"]
-    assert any("embed_tokens" in finding.problem for finding in _findings(scenario))
-    flip_byte(path, offset)
-    assert digests(scenario.working) == before
-    scenario.require_sound()
-    scenario.revert()
-    assert digests(scenario.working) == digests(scenario.trio.subject)
-    scenario.require_sound()
-
-
-@pytest.mark.parametrize("how", ["hard link", "symbolic link"])
-def test_a_file_that_another_path_shares_is_never_written(scenario: Scenario, how: str, tmp_path: Path) -> None:
-    plan = scenario.plan("animals")
-    path = scenario.working / "model.safetensors"
-    other = tmp_path / "backup.safetensors"
-    if how == "hard link":
-        other.hardlink_to(path)
-    else:
-        path.rename(other)
-        path.symlink_to(other)
-    before = other.read_bytes()
-    for act in (dry_run, apply_patch):
-        with pytest.raises(SpaceError, match=r"link|shared"):
-            act(scenario.workspace, plan)
-    assert (other.read_bytes(), scenario.states()) == (before, [])
-
-
-def _findings(scenario: Scenario) -> Any:
-    return verify(scenario.workspace, weights=True).findings

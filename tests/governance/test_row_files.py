@@ -1,6 +1,5 @@
 """The digests of a change are those of its bytes, however many threads read them and however the file is cut up."""
 
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,11 +16,10 @@ from algorithms.digests import ExpectedContent, new_checksum
 from governance import row_files
 from governance.errors import WeightsChangedError
 from governance.patch_artifact import open_artifact
-from governance.recovery import recover
 from governance.row_files import TensorChange, tensor_changes, write_rows
 from tests.governance.conftest import Scenarios, Trios
 from tests.governance.faults import flip_byte
-from tests.governance.scenarios import Scenario, digests
+from tests.governance.scenarios import Scenario
 
 THREADS = [1, 2, 8]
 
@@ -59,42 +57,6 @@ def test_of_several_tensors_that_somebody_changed_the_first_is_named(
         flip_byte(scenario.working / stored.file, stored.begin)
     with pytest.raises(WeightsChangedError, match=f"^{touched[smallest].name} of the working checkpoint"):
         scenario.revert()
-
-
-@pytest.mark.parametrize(
-    ("where", "told"),
-    [
-        ("tensor", "{tensor} of .* should have after the write"),
-        ("header", "the header of {file} of .* is not what was recorded"),
-    ],
-)
-def test_what_somebody_writes_into_a_file_while_rows_are_written_is_found(
-    scenario: Scenario, monkeypatch: pytest.MonkeyPatch, where: str, told: str
-) -> None:
-    """After the check, in rows that nobody touches or before the first tensor, before anything is read back."""
-    plan = scenario.plan("animals")
-    changed = next(module.module for module in plan.touched if 0 not in module.rows.tolist())
-    stored = Checkpoint.open(scenario.working).stored(f"{changed}.weight")
-    path = scenario.working / stored.file
-    offset = path.read_bytes().index(b'"pt"') + 1 if where == "header" else stored.begin
-    write_module = row_files._write_module
-
-    def beside(target: Any, checkpoint: Any, artifact: Any, module: Any, side: Any) -> None:
-        write_module(target, checkpoint, artifact, module, side)
-        if side == "new" and module.name == changed:
-            flip_byte(path, offset)
-
-    monkeypatch.setattr(row_files, "_write_module", beside)
-    with pytest.raises(WeightsChangedError) as refused:
-        scenario.apply("animals")
-    assert "could not be brought back" in str(refused.value)
-    assert re.match(told.format(tensor=stored.name, file=stored.file), str(refused.value.__context__))
-    flip_byte(path, offset)
-    assert digests(scenario.working) == digests(scenario.trio.subject)
-    recover(scenario.workspace)
-    assert scenario.states() == ["rejected"]
-    assert scenario.claims() == {}
-    scenario.require_sound()
 
 
 @pytest.mark.parametrize(
