@@ -11,7 +11,7 @@ checkpoint.
    what was recorded;
 5. claims, state, digests and the result event are committed together, the head moves, and the lock is given back.
 
-Whatever fails after step 2 is undone from the artifact at once, or, after a kill, by `governance.recovery`.
+What fails after step 2 is undone from the artifact at once, or, after a kill, by `governance.recovery`.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,11 @@ from governance.planning import PatchPlan, PreparedPatch, prepared
 from governance.recovery import files_of, settle_revert, undo_apply
 from governance.working_files import Change, LineageFiles, check_change, write_change
 from governance.workspace import Workspace
+from neuronledger import NeuronLedgerError
 from registry import locks
+
+_UNDONE = (NeuronLedgerError, OSError, MemoryError, RuntimeError)
+"""What a write is undone for at once: refusals, a failing disk, and memory or threads that the system does not give."""
 
 
 def apply_patch(workspace: Workspace, plan: PatchPlan, reason: str = "") -> PatchSummary:
@@ -93,7 +97,7 @@ def write_patch(
             after = write_change(files, ready.expected)
             _require_judged(judged, after.digest)
             return patch_transactions.finish_apply(workspace, ready, patch_id, after, token)
-        except Exception as failure:  # also of memory or threads that the system does not give
+        except _UNDONE as failure:
             undo_apply(workspace, patch_id, str(failure) or repr(failure), token)
             raise
 
@@ -130,7 +134,7 @@ def revert_patch(
         patch_id = patch_transactions.begin_revert(workspace, lineage_name, intended, reason, token)
         try:
             after = write_change(intended.files, intended.expected)
-        except Exception as failure:  # also of memory or threads that the system does not give
+        except _UNDONE as failure:
             settle_revert(workspace, patch_id, token, failure=str(failure) or repr(failure))
             raise
         return patch_transactions.finish_revert(workspace, patch_id, after, token)

@@ -267,8 +267,10 @@ def measure_tensors(
     def measured(tensor: StoredTensor) -> TensorState:
         algorithm = algorithms.get(tensor.name, TENSOR_ALGORITHM)
         known = expected.get(tensor.name)
-        found = known is not None and has_content(directory, tensor, known)
-        digest = known.digest if known is not None and found else digest_tensor(directory, tensor, algorithm)
+        if known is not None and has_content(directory, tensor, known):
+            digest = known.digest
+        else:
+            digest = digest_tensor(directory, tensor, algorithm)
         return TensorState(tensor.name, tensor.shape, tensor.dtype, tensor.file, digest, algorithm)
 
     return tuple(in_parallel(measured, tensors))
