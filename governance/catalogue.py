@@ -12,6 +12,7 @@ from algorithms.adapters import is_adapter
 from algorithms.weights import AdapterWeights, CheckpointWeights, open_weights
 from governance.errors import InputError, PromptSetError
 from governance.hashing import HashJournal
+from governance.prompt_set_records import prompt_set_record
 from governance.prompt_sets import (
     PromptSet,
     PromptSource,
@@ -33,7 +34,6 @@ from registry.schema import (
     Role,
     SafetyDimension,
 )
-from registry.schema import PromptSet as PromptSetRecord
 
 WeightSources = CheckpointWeights | AdapterWeights
 
@@ -179,9 +179,7 @@ def register_dimension(
         now = workspace.clock()
         record = SafetyDimension(name=name, description=description, created_at=now, actor=workspace.actor)
         for purpose, prompt_set in sets.items():
-            record.prompt_sets.append(_prompt_set_record(purpose, prompt_set, digests[purpose]))
-        for prompt_record in record.prompt_sets:
-            prompt_record.created_at = now
+            record.prompt_sets.append(prompt_set_record(workspace, purpose, prompt_set, digests[purpose]))
         with workspace.registry.write() as session:
             queries.require_absent(session, SafetyDimension, name)
             _require_new_harm(workspace, session, sets["harmful"])
@@ -335,18 +333,6 @@ def _model_summary(record: Model, base: str | None) -> ModelSummary:
         state_digest=record.state_digest,
         created_at=record.created_at,
         actor=record.actor,
-    )
-
-
-def _prompt_set_record(purpose: Purpose, prompt_set: PromptSet, digest: str) -> PromptSetRecord:
-    source = prompt_set.source
-    return PromptSetRecord(
-        purpose=purpose,
-        source=source.location,
-        source_filter={"where": dict(source.where), "limit": source.limit, "dropped": prompt_set.dropped},
-        columns={"prompt": list(source.prompt_columns), "answer": source.answer_column},
-        rows=len(prompt_set.rows),
-        digest=digest,
     )
 
 

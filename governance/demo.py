@@ -17,6 +17,7 @@ from typing import Any
 
 from algorithms.laboratory import Laboratory, build
 from algorithms.settings import FgsnSettings, fgsn_settings
+from governance.answer_store import DIRECTORY as ANSWERS
 from governance.auditing import Verification, verify
 from governance.catalogue import register_dimension, register_model
 from governance.demo_gates import POLICY, GateFigures, refuse_bad_patch, set_demo_policy
@@ -53,6 +54,7 @@ _OWN_ENTRIES = (
     "registry.db-wal",
     "registry.db-shm",
     "ledger-heads.jsonl",
+    ANSWERS,
     "artifacts",
     "lineages",
     "scratch",

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from algorithms.judges import Identified
 from governance.measured_tasks import TaskPrompts
+from governance.prompt_set_records import evaluation_prompts
 from governance.workspace import Workspace
-from registry import queries
 from registry.schema import Evaluation, PromptSet
 
 
@@ -162,20 +162,5 @@ def _prompt_set(workspace: Workspace, session: Session, prompts: TaskPrompts) ->
     """The record of a task's prompts, made if they are of no dimension and were never evaluated with before."""
     if isinstance(prompts.recorded, int):
         return session.get_one(PromptSet, prompts.recorded)
-    source = prompts.recorded.source
     digest = workspace.store.put_bytes(prompts.recorded.canonical)
-    for held in queries.prompt_sets(session, purpose="evaluation"):
-        if held.digest == digest:
-            return held
-    record = PromptSet(
-        purpose="evaluation",
-        source=source.location,
-        source_filter={"where": dict(source.where), "limit": source.limit},
-        columns={"prompt": list(source.prompt_columns), "answer": source.answer_column},
-        rows=len(prompts.rows),
-        digest=digest,
-        created_at=workspace.clock(),
-    )
-    session.add(record)
-    session.flush()
-    return record
+    return evaluation_prompts(workspace, session, prompts.recorded, digest)

@@ -15,7 +15,6 @@ from governance.weight_state import (
     FileState,
     TensorState,
     measure_plain_file,
-    measure_weight_files,
     require_unchanged,
     tree_state,
 )
@@ -86,8 +85,14 @@ def create_lineage(
         chosen = working is not None
         if chosen or _owner(workspace, target):
             require_unused(target)
-        with copied_checkpoint(sources["subject"].path, target, _never_rewritten(sources["subject"])) as copy:
-            files = _copied_files(copy, registered, tensors)
+        copied: dict[str, FileState] = {}
+
+        def measure(copy: Path, name: str) -> None:
+            if name in registered or (name.endswith(".safetensors") and "/" not in name):
+                copied[name] = measure_plain_file(copy, name)
+
+        with copied_checkpoint(sources["subject"].path, target, _never_rewritten(sources["subject"]), measure) as copy:
+            files = _followed(copy, copied, registered, tensors)
             lineage = Lineage(
                 name=name,
                 subject_id=identifiers["subject"],
@@ -182,29 +187,30 @@ def lineage_summary(session: Session, record: Lineage) -> LineageSummary:
     )
 
 
-def _copied_files(
-    target: Path, registered: Mapping[str, str], tensors: Mapping[str, TensorState]
+def _followed(
+    copy: Path, copied: Mapping[str, FileState], registered: Mapping[str, str], tensors: Mapping[str, TensorState]
 ) -> tuple[FileState, ...]:
     """State of every followed file of a copy, once it is known to be a copy of the files that were registered.
+
+    Args:
+        copy: the copy's directory.
+        copied: its files as they were read back.
+        registered: file → SHA-256.
+        tensors: the subject's tensors as registered.
 
     Raises:
         WeightsChangedError: it is not; a change that left size and time as they were shows here.
     """
-    weight_files = {tensor.file for tensor in tensors.values()}
-    others = {path.name for path in target.iterdir() if path.suffix == ".safetensors"} | registered.keys()
-    plain = sorted(others - weight_files)
-    headers = [read_header(target / name) for name in sorted(weight_files)]
-    copied, _ = measure_weight_files(target, [tensor for header in headers for tensor in header.tensors.values()])
-    copied += [measure_plain_file(target, name) for name in plain]
-    found = {file.file: file.digest for file in copied}
     for file, digest in registered.items():
-        if found.get(file) != digest:
+        if file not in copied or copied[file].digest != digest:
             raise WeightsChangedError(
-                f"{file} of the subject is not what was registered: its copy in {target} has another SHA-256",
+                f"{file} of the subject is not what was registered: its copy in {copy} has another SHA-256",
                 "restore the file, or register the changed model under another name",
             )
-    trees = [tree_state(target, header, [tensors[name] for name in header.tensors]) for header in headers]
-    return (*trees, *(file for file in copied if file.file in plain))
+    weight_files = {tensor.file for tensor in tensors.values()}
+    headers = [read_header(copy / name) for name in sorted(weight_files)]
+    trees = [tree_state(copy, header, [tensors[name] for name in header.tensors]) for header in headers]
+    return (*trees, *(copied[name] for name in sorted(copied.keys() - weight_files)))
 
 
 def _model_with_role(session: Session, name: str, role: str) -> Model:

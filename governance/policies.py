@@ -19,12 +19,12 @@ from governance.gate_tasks import judge_of
 from governance.planned_patches import close_stale_plans
 from governance.policy_files import AccuracySet, PolicyFile, Prompts, parse_policy
 from governance.policy_records import PolicyInForce, newest_policy, policy_in_force, read_policy
+from governance.prompt_set_records import evaluation_prompts
 from governance.prompt_sets import PromptSet, PromptSource, read_prompt_set
 from governance.workspace import Workspace
 from registry import queries
 from registry.errors import RecordNotFoundError
 from registry.schema import Policy
-from registry.schema import PromptSet as PromptSetRecord
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def set_policy(workspace: Workspace, file: Path, lineage: str | None = None, rea
             )
             session.add(record)
             session.flush()
-            prompt_sets = [_recorded(workspace, session, sets[name], stored[name]) for name in sets]
+            prompt_sets = [evaluation_prompts(workspace, session, sets[name], stored[name]) for name in sets]
             payload = {"policy": record.id, "name": record.name, "version": record.version, "digest": record.digest}
             payload |= {"prompts": stored, "judge_digest": judge, "reason": reason}
             workspace.record(session, "policy.set", *subject, payload, records=[record, *prompt_sets])
@@ -191,26 +191,6 @@ def _source(prompts: Prompts, location: str) -> PromptSource:
         drop_duplicates=prompts.drop_duplicates,
         limit=prompts.limit,
     )
-
-
-def _recorded(workspace: Workspace, session: Session, held: PromptSet, digest: str) -> PromptSetRecord:
-    """The record of a set of prompts, made if they were never evaluated with before."""
-    for record in queries.prompt_sets(session, purpose="evaluation"):
-        if record.digest == digest:
-            return record
-    source = held.source
-    made = PromptSetRecord(
-        purpose="evaluation",
-        source=source.location,
-        source_filter={"where": dict(source.where), "limit": source.limit},
-        columns={"prompt": list(source.prompt_columns), "answer": source.answer_column},
-        rows=len(held.rows),
-        digest=digest,
-        created_at=workspace.clock(),
-    )
-    session.add(made)
-    session.flush()
-    return made
 
 
 def _next_version(session: Session, lineage_id: int | None) -> int:

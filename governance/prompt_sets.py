@@ -87,7 +87,8 @@ def read_prompt_set(source: PromptSource) -> PromptSet:
             if not source.drop_duplicates:
                 raise PromptSetError(
                     f"{source.location}: row {number} repeats the prompt of row {seen[key]}",
-                    "take the repetition out, or pass --drop-duplicates to keep the first of each",
+                    "take the repetition out, or keep the first of each with --drop-duplicates "
+                    "(in a policy: drop_duplicates = true)",
                 )
             dropped += 1
             continue

@@ -3,7 +3,7 @@
 import json
 import shlex
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -11,7 +11,14 @@ from typing import Any
 from algorithms.errors import SettingsError
 from algorithms.methods import METHODS, method_of
 from governance.metrics import LM_EVAL
-from governance.report_records import IdentificationRecord, MeasurementRecord, PatchRecord, PromptSetRecord, Report
+from governance.report_records import (
+    IdentificationRecord,
+    MeasurementRecord,
+    PatchRecord,
+    PolicyRecord,
+    PromptSetRecord,
+    Report,
+)
 
 _ROLE_ORDER = ("base", "aligned", "subject")
 _PHRASES = "advbench-phrases"
@@ -47,10 +54,9 @@ def commands(report: Report) -> tuple[Command, ...]:
 def apply_command(lineage: str, dimension: str, record: IdentificationRecord, reason: str = "") -> Command:
     """The command that identifies and patches with the settings of an identification."""
     options, note = _settings(record)
-    because = ["--reason", reason] if reason else []
     places, where = _placement(record.ran)
     notes = [f"its settings have the digest {record.settings_digest}", *(each for each in (note, where) if each)]
-    return Command(_line("patch", "apply", lineage, dimension, *options, *places, *because), "; ".join(notes))
+    return Command(_line("patch", "apply", lineage, dimension, *options, *places, *_because(reason)), "; ".join(notes))
 
 
 def _placement(ran: Mapping[str, Any]) -> tuple[list[str], str]:
@@ -103,18 +109,38 @@ def _dimensions(report: Report) -> list[Command]:
 
 
 def _history(report: Report, sets: dict[int, PromptSetRecord]) -> list[Command]:
-    """Patches, reverts and measurements by time."""
+    """Policies, patches that were applied, reverts and measurements by time."""
     records = {record.identification: record for record in report.identifications}
-    done: list[tuple[datetime, Command]] = []
-    for patch in report.patches:
-        if patch.applied_at is not None:
-            done.append((patch.applied_at, _applied(report.lineage, patch, records.get(patch.identification))))
-        if patch.reverted_at is not None:
-            because = ["--reason", patch.revert_reason] if patch.revert_reason else []
-            words = ("patch", "revert", report.lineage, str(patch.patch), *because)
-            done.append((patch.reverted_at, Command(_line(*words))))
+    applied = [patch for patch in report.patches if patch.applied_at is not None]
+    done = [(policy.at, _policy(report.lineage, policy)) for policy in report.policies]
+    for number, patch in enumerate(applied, start=1):
+        done += _patched(report.lineage, number, patch, records.get(patch.identification))
     done += [(run[0].at, _measured(report.lineage, run, sets)) for run in _runs(report.measurements)]
     return [command for _, command in sorted(done, key=lambda pair: _utc(pair[0]))]
+
+
+def _policy(lineage: str, policy: PolicyRecord) -> Command:
+    of = [] if policy.everywhere else ["--lineage", lineage]
+    note = f"FILE is policy {policy.name} version {policy.version}, digest {policy.digest}; an evidence pack holds it"
+    return Command(_line("policy", "set", "FILE", *of), note)
+
+
+def _patched(
+    lineage: str, number: int, patch: PatchRecord, record: IdentificationRecord | None
+) -> Iterator[tuple[datetime, Command]]:
+    """What a patch took; `number` is the one that it gets where patches that were never applied are not repeated."""
+    note = f"it was patch {patch.patch}" if number != patch.patch else ""
+    approvals = [each for each in patch.approvals if each.decision == "approved"]
+    if patch.applied_at is not None:
+        yield (patch.created_at if approvals else patch.applied_at), _applied(lineage, patch, record)
+        for each in approvals:
+            words = ("patch", "approve", lineage, str(number), *_because(each.reason))
+            yield each.created_at, Command(_line(*words), f"by another actor than the patch's; it was {each.actor}")
+        if approvals:
+            yield patch.applied_at, Command(_line("patch", "apply", lineage, "--planned", str(number)), note)
+    if patch.reverted_at is not None:
+        words = ("patch", "revert", lineage, str(number), *_because(patch.revert_reason))
+        yield patch.reverted_at, Command(_line(*words), note)
 
 
 def _applied(lineage: str, patch: PatchRecord, record: IdentificationRecord | None) -> Command:
@@ -124,6 +150,10 @@ def _applied(lineage: str, patch: PatchRecord, record: IdentificationRecord | No
     if record is None:
         return Command("", f"patch {patch.patch}: its identification is not recorded")
     return apply_command(lineage, patch.dimension, record, patch.reason)
+
+
+def _because(reason: str) -> list[str]:
+    return ["--reason", reason] if reason else []
 
 
 def _settings(record: IdentificationRecord) -> tuple[list[str], str]:
@@ -217,6 +247,10 @@ def _measured(lineage: str, run: Sequence[MeasurementRecord], sets: dict[int, Pr
             named = ["--harmful", f"{one.metric.removeprefix('harmfulness_')}={place}"]
             words += named if named[1] not in words else []
     words += _repeated("--prompt-column", columns)
+    others = [sets[one.prompt_set] for one in run if one.dimension is None and one.prompt_set in sets]
+    words += ["--drop-duplicates"] if any(held.dropped for held in others) else []
+    limits = [held.limit for held in others if held.limit is not None]
+    words += ["--limit", str(max(limits))] if limits else []
     lengths = [one.generation["max_new_tokens"] for one in run if "max_new_tokens" in one.generation]
     words += ["--max-new-tokens", str(max(lengths))] if lengths else []
     sizes = [size for one in run if isinstance(size := one.generation.get("batch_size"), int)]

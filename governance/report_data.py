@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from algorithms.methods import draws_at_random
 from governance.auditing import verify
 from governance.metrics import is_rate
+from governance.patch_creation import CANDIDATE
 from governance.patch_records import rule_results
 from governance.provenance import origin_summary
 from governance.report_figures import figure_table, is_harmfulness
@@ -29,6 +30,7 @@ from governance.report_records import (
     ModelRecord,
     ModuleRecord,
     PatchRecord,
+    PolicyRecord,
     PromptSetRecord,
     Report,
 )
@@ -36,7 +38,7 @@ from governance.report_timeline import timeline
 from governance.workspace import Workspace
 from registry import ledger, queries
 from registry.head_lines import Head, Line, MalformedHead
-from registry.schema import Identification, Lineage, Model, Patch, PatchModule, PromptSet
+from registry.schema import Identification, Lineage, Model, Patch, PatchModule, Policy, PromptSet
 
 EVENTS_SHOWN = 15
 """How many of the ledger's latest events are listed."""
@@ -81,6 +83,7 @@ def gather(workspace: Workspace, lineage_name: str) -> Report:
             ledger=_ledger(events, workspace.registry.heads.read()),
             timeline=timeline(lineage.name, patches, events),
             verification=verification,
+            policies=_policies(session, lineage),
         )
 
 
@@ -285,6 +288,17 @@ def _measurements(session: Session, lineage: Lineage) -> tuple[MeasurementRecord
             generation=record.generation,
         )
         for record in queries.evaluations(session, lineage.id)
+        if not record.stage.startswith(CANDIDATE)
+    )
+
+
+def _policies(session: Session, lineage: Lineage) -> tuple[PolicyRecord, ...]:
+    own = (Policy.lineage_id == lineage.id) | Policy.lineage_id.is_(None)
+    return tuple(
+        PolicyRecord(
+            record.created_at, record.name, record.version, record.digest, everywhere=record.lineage_id is None
+        )
+        for record in session.scalars(select(Policy).where(own).order_by(Policy.id))
     )
 
 

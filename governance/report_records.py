@@ -179,7 +179,7 @@ class PromptSetRecord:
 
 @dataclass(frozen=True)
 class MeasurementRecord:
-    """What one evaluation read and how: enough to measure it again, without its figure."""
+    """What one evaluation of a model that was there read, and how: enough to measure it again, without its figure."""
 
     at: datetime
     stage: str
@@ -188,6 +188,17 @@ class MeasurementRecord:
     prompt_set: int | None
     judge: str | None
     generation: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PolicyRecord:
+    """A policy that was put into force, for this lineage or (`everywhere`) for all without one of their own."""
+
+    at: datetime
+    name: str
+    version: int
+    digest: str
+    everywhere: bool
 
 
 @dataclass(frozen=True)
@@ -276,6 +287,7 @@ class Report:
     ledger: LedgerRecord
     timeline: tuple[Moment, ...]
     verification: Verification
+    policies: tuple[PolicyRecord, ...] = ()
 
     @property
     def applied(self) -> tuple[PatchRecord, ...]:

@@ -11,11 +11,14 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from algorithms.buffers import BUFFER_BYTES, borrowed
+from algorithms.parallel import trailing
 from governance.errors import SpaceError
 from registry.files import sync_directory, write_all
 
@@ -25,13 +28,20 @@ _COPIED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack"
 
 
 @contextmanager
-def copied_checkpoint(source: Path, target: Path, never_rewritten: Collection[str] = ()) -> Iterator[Path]:
+def copied_checkpoint(
+    source: Path,
+    target: Path,
+    never_rewritten: Collection[str] = (),
+    measure: Callable[[Path, str], object] | None = None,
+) -> Iterator[Path]:
     """Copy a model's directory beside the place where it is to be; removed at exit unless it was moved there.
 
     Args:
         source: directory of the subject.
         target: where `move_into_place` will put it.
         never_rewritten: names of weight files that no patch can reach.
+        measure: called with the copy's directory and the name of each copied file in it, in another thread while the
+            next one is copied.
 
     Raises:
         SpaceError: the copy cannot be written, or does not fit on its disk.
@@ -42,11 +52,18 @@ def copied_checkpoint(source: Path, target: Path, never_rewritten: Collection[st
     making = target.with_name(f".{target.name}.{secrets.token_hex(8)}.making")
     try:
         with disk_errors(target):
-            for path in files:
-                copy = making / path.relative_to(source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                if path not in linked or not _hard_link(path, copy):
-                    _copy_file(path, copy)
+
+            def copies() -> Iterator[str]:
+                for path in files:
+                    name = path.relative_to(source).as_posix()
+                    copy = making / name
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    if path not in linked or not _hard_link(path, copy):
+                        _copy_file(path, copy)
+                    yield name
+
+            measured = copies() if measure is None else trailing(partial(measure, making), copies())
+            deque(measured, maxlen=0)
             for directory in (making, *(path for path in sorted(making.rglob("*")) if path.is_dir())):
                 sync_directory(directory)
         yield making

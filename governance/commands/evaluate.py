@@ -76,6 +76,7 @@ if TYPE_CHECKING:
 @click.option("--kl", metavar="FILE", help="Benign prompts on which next-token distributions are compared.")
 @click.option("--prompt-column", multiple=True, metavar="NAME", help="Column of the prompt in these files.")
 @click.option("--answer-column", default="response", show_default=True, metavar="NAME", help="Column of the answer.")
+@click.option("--drop-duplicates", is_flag=True, help="Keep the first of repeated prompts of these files.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many prompts of each file.")
 @click.option(
     "--refusal-phrase",
@@ -106,6 +107,7 @@ def evaluate(
     kl: str | None,
     prompt_column: tuple[str, ...],
     answer_column: str,
+    drop_duplicates: bool,
     limit: int | None,
     refusal_phrase: tuple[str, ...],
     max_new_tokens: int,
@@ -147,7 +149,13 @@ def evaluate(
         phrases = RefusalPhraseJudge(phrases=refusal_phrase, name="own-phrases")
 
     def source(file: str, answers: str | None = None) -> PromptSource:
-        return PromptSource(file, prompt_columns=prompt_column, answer_column=answers, limit=limit)
+        return PromptSource(
+            file,
+            prompt_columns=prompt_column,
+            answer_column=answers,
+            drop_duplicates=drop_duplicates,
+            limit=limit,
+        )
 
     tasks = pairs(accuracy, "--accuracy", "NAME=FILE")
     request = EvaluationRequest(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from governance import demo as demo_module
 from governance.auditing import verify
 from governance.demo import DemoSummary, run_demo
 from governance.demo_nlsr import claims_proof
@@ -115,6 +116,20 @@ def test_the_summary_file_is_the_summary(demo: tuple[Path, DemoSummary]) -> None
     output, summary = demo
     assert json.loads((output / "summary.json").read_text()) == json.loads(json.dumps(asdict(summary)))
     assert Path(summary.report).is_file()
+
+
+def test_what_an_earlier_demo_left_gives_way_but_for_the_laboratory(
+    demo: tuple[Path, DemoSummary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(demo[0], tmp_path / "demo")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_module, "build", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path / "demo")
+    assert [entry.name for entry in (tmp_path / "demo").iterdir()] == ["laboratory"]
 
 
 def test_a_directory_with_something_else_is_not_touched(tmp_path: Path) -> None:

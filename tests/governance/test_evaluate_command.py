@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import main
+from registry import queries
 from tests.algorithms.test_model_judges import save_classifier
 from tests.governance.report_pages import read_page
 from tests.governance.scenarios import Scenario
@@ -55,6 +56,20 @@ def test_suites_scorers_and_limits(scenario: Scenario, place: Path) -> None:
         "words_accuracy": 1,
         "more_accuracy": 1,
     }
+
+
+def test_repeated_prompts_are_refused_or_left_out_and_the_record_says_how_many(scenario: Scenario, place: Path) -> None:
+    safe = place / "safe.jsonl"
+    safe.write_text('{"prompt": "a story"}\n{"prompt": "A  story"}\n{"prompt": "bread"}\n', encoding="utf-8")
+    refused = run(scenario, "--over-refusal", str(safe))
+    assert refused.exit_code == 2
+    assert "row 2 repeats the prompt of row 1" in refused.stderr
+    assert "--drop-duplicates" in refused.stderr
+    found = figures(scenario, "--over-refusal", str(safe), "--drop-duplicates")
+    assert {figure["n"] for figure in found if figure["metric"] == "over_refusal"} == {2}
+    with scenario.workspace.registry.read() as session:
+        (held,) = queries.prompt_sets(session, purpose="evaluation")
+        assert (held.rows, held.source_filter["dropped"]) == (2, 1)
 
 
 @pytest.mark.parametrize(

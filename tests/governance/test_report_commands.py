@@ -15,7 +15,7 @@ from governance.commands.settings import GivenSettings, SettingsChoice
 from governance.identification import settings_digest
 from governance.provenance import OriginSummary
 from governance.report_commands import apply_command, commands
-from governance.report_records import MeasurementRecord, PromptSetRecord, Report
+from governance.report_records import ApprovalRecord, MeasurementRecord, PolicyRecord, PromptSetRecord, Report
 from tests.governance.made_reports import START, made_identification, made_report
 
 PRESETS = [(method, preset) for method, known in METHODS.items() for preset in known.presets]
@@ -83,6 +83,8 @@ def test_every_command_of_a_report_is_one_of_this_program() -> None:
         *["dimension register"] * 3,
         "lineage create",
         "evaluate line",
+        "patch apply",
+        "patch approve",
         *["patch apply"] * 3,
         "patch revert",
         "audit verify",
@@ -159,7 +161,61 @@ def test_what_happened_stands_in_the_order_of_time() -> None:
     first, second = report.patches
     early = replace(first, reverted_at=START + timedelta(minutes=90), state="reverted")
     kinds = _patch_commands(replace(report, patches=(early, second)))
-    assert kinds == ["apply a", "revert 1", "apply b", "revert 2"]
+    assert kinds == ["apply a", "approve 1", "apply --planned", "revert 1", "apply b", "revert 2"]
+
+
+def test_numbers_are_those_of_patches_that_were_applied_and_an_approval_waits_for_its_time() -> None:
+    first, second, third = made_report(("a", "b", "c")).patches
+    refused = replace(first, state="rejected", applied_at=None)
+    approvals = tuple(
+        ApprovalRecord(actor, decision, "why", START + timedelta(hours=2, minutes=number))
+        for number, (actor, decision) in enumerate([("boss", "approved"), ("chief", "approved"), ("odd", "refused")])
+    )
+    waited = replace(second, approvals=approvals, applied_at=START + timedelta(hours=4))
+    report = replace(made_report(("a", "b", "c")), patches=(refused, waited, third))
+    found = [command for command in commands(report) if command.line.startswith("neuronledger patch")]
+    assert _patch_commands(report) == [
+        "apply b",
+        *["approve 1"] * 2,
+        "apply c",
+        "revert 2",
+        "apply --planned",
+    ]
+    assert found[1].note == "by another actor than the patch's; it was boss"
+    assert (found[4].note, found[5].note) == ("it was patch 3", "it was patch 2")
+    assert understood(found[5].line)["planned"] == 1
+
+
+def test_policies_are_set_when_they_were() -> None:
+    policies = (
+        PolicyRecord(START, "all", 1, "a" * 64, everywhere=True),
+        PolicyRecord(START + timedelta(minutes=90), "own", 2, "b" * 64, everywhere=False),
+    )
+    found = commands(replace(made_report(("a", "b")), policies=policies, measurements=()))
+    lines = [command.line for command in found]
+    everywhere, own = (lines.index(line) for line in lines if "policy set" in line)
+    assert understood(lines[everywhere])["lineage"] is None
+    assert understood(lines[own])["lineage"] == "line"
+    assert everywhere < lines.index(next(line for line in lines if "apply line a" in line)) < own
+    assert own < lines.index(next(line for line in lines if "apply line b" in line))
+    assert f"policy own version 2, digest {'b' * 64}" in found[own].note
+
+
+def test_what_was_kept_of_a_file_is_kept_again() -> None:
+    files = tuple(
+        PromptSetRecord(number, "evaluation", None, f"{number}.jsonl", 9, "b" * 64, limit=limit, dropped=dropped)
+        for number, limit, dropped in ((1, None, 0), (2, 50, 3))
+    )
+    measured = tuple(
+        MeasurementRecord(START, stage, "kl_base", None, number, None, {"against": "base"})
+        for number, stage in ((1, "subject"), (2, "aligned"))
+    )
+    report = replace(made_report(("a",)), prompt_sets=files, measurements=measured)
+    said = [understood(command.line) for command in commands(report) if "evaluate" in command.line]
+    assert [(each["kl"], each["drop_duplicates"], each["limit"]) for each in said] == [
+        ("1.jsonl", False, None),
+        ("2.jsonl", True, 50),
+    ]
 
 
 def _patch_commands(report: Report) -> list[str]:

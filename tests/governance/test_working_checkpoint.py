@@ -14,10 +14,11 @@ from algorithms.digests import digest_weight_file
 from algorithms.errors import CheckpointError
 from governance import catalogue, lineages
 from governance.catalogue import register_model
-from governance.errors import SpaceError
+from governance.errors import SpaceError, WeightsChangedError
 from governance.hashing import HashJournal, hash_files
 from governance.lineages import LineageSummary, create_lineage
 from governance.workspace import Workspace
+from registry import queries
 from tests.governance.conftest import Trios
 from tests.governance.scenarios import Trio, digests
 from tests.tiny_models import save_model, save_variant
@@ -124,6 +125,35 @@ def test_a_creation_that_fails_leaves_no_half_checkpoint(
             _create(workspace, trios())
     assert list((workspace.directory / "lineages").iterdir()) == []
     assert _create(workspace, trios()).head is None
+
+
+def test_a_subject_whose_size_and_times_hide_a_change_is_found_in_its_copy(workspace: Workspace, apart: Trio) -> None:
+    register_model(workspace, "subject", apart.subject, "subject")
+    before = (apart.subject / BLOCKS).stat()
+    with (apart.subject / BLOCKS).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    os.utime(apart.subject / BLOCKS, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(WeightsChangedError, match=f"{BLOCKS} of the subject .* has another SHA-256"):
+        _create(workspace, apart)
+    assert list((workspace.directory / "lineages").iterdir()) == []
+    assert not lineages.list_lineages(workspace)
+
+
+def test_a_file_of_a_directory_inside_is_copied_and_does_not_stand_for_one_outside(
+    workspace: Workspace, apart: Trio
+) -> None:
+    for directory in ("a", "original"):
+        (apart.subject / directory).mkdir()
+        (apart.subject / directory / BLOCKS).write_bytes(b"weights in another form")
+    (apart.subject / "extra.safetensors").write_bytes(b"not of the model")
+    working = Path(_create(workspace, apart).working_path)
+    assert (working / "original" / BLOCKS).read_bytes() == b"weights in another form"
+    with workspace.registry.read() as session:
+        followed = {file.file: file.digest_algorithm for file in queries.get_lineage(session, "line").files}
+    assert followed == {EMBEDDINGS: "tree", BLOCKS: "tree", "extra.safetensors": "sha256"}
 
 
 # --- hashing that goes on where it stopped ---
