@@ -80,6 +80,7 @@ class SafetensorsHeader:
     Attributes:
         file: file name.
         size: size of the file in bytes.
+        modified_ns: when it was last written, in nanoseconds, as it stood when the header was read.
         data_begin: offset of the tensor buffer.
         sha256: SHA-256 of the bytes before it, in hexadecimal.
         metadata: the `__metadata__` object, or None when the file has none.
@@ -88,6 +89,7 @@ class SafetensorsHeader:
 
     file: str
     size: int
+    modified_ns: int
     data_begin: int
     sha256: str
     metadata: Mapping[str, str] | None
@@ -106,7 +108,8 @@ def read_header(path: Path) -> SafetensorsHeader:
     try:
         require_regular_file(path)
         with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            size = status.st_size
             raw = _header_bytes(file, path, size)
     except OSError as error:
         raise CheckpointError(
@@ -122,6 +125,7 @@ def read_header(path: Path) -> SafetensorsHeader:
     return SafetensorsHeader(
         file=path.name,
         size=size,
+        modified_ns=status.st_mtime_ns,
         data_begin=data_begin,
         sha256=hashlib.sha256(len(raw).to_bytes(LENGTH_BYTES, "little") + raw).hexdigest(),
         metadata=metadata,

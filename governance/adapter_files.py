@@ -86,6 +86,15 @@ def write_adapter(composed: ComposedAdapter, subject: Adapter, working: Path) ->
     _replace(working / ADAPTER_CONFIG, config_bytes(composed, subject))
 
 
+def rewrite_file(path: Path) -> None:
+    """Write a file of an adapter again as it reads, so that it is on the disk.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    _replace(path, path.read_bytes())
+
+
 def remove_unfinished(working: Path) -> None:
     """Remove temporary files that an interrupted write left beside the adapter."""
     left = [path for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG) if (path := _temporary(working / name)).exists()]

@@ -138,7 +138,7 @@ def _prepared_again(workspace: Workspace, lineage: LineageState, sequence: int) 
             neurons_protected=patch.neurons_protected,
         )
         identification = patch.identification_id
-    change = Change(artifact=path, side="new", applied_after=())
+    change = Change(artifact=path, side="new", applied=lineage.applied)
     files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
     with telling_writers_apart(workspace, lineage.name, lineage.state_digest):
         expected = check_change(files)

@@ -233,7 +233,8 @@ def require_working_unchanged(lineage: Lineage) -> None:
     if findings:
         raise WeightsChangedError(
             f"the working checkpoint of lineage {lineage.name} was changed outside the ledger: {findings[0]}",
-            "run neuronledger audit verify --weights, then restore the file or create a new lineage",
+            "run neuronledger audit verify --weights, then restore the file, or put the one in its place that "
+            f"neuronledger audit replay {lineage.name} --output DIRECTORY rebuilds",
         )
 
 

@@ -209,7 +209,7 @@ def _followed(
             )
     weight_files = {tensor.file for tensor in tensors.values()}
     headers = [read_header(copy / name) for name in sorted(weight_files)]
-    trees = [tree_state(copy, header, [tensors[name] for name in header.tensors]) for header in headers]
+    trees = [tree_state(header, [tensors[name] for name in header.tensors]) for header in headers]
     return (*trees, *(copied[name] for name in sorted(copied.keys() - weight_files)))
 
 

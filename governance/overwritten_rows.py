@@ -15,6 +15,7 @@ def require_last_written(workspace: Workspace, session: Session, patch: Patch) -
 
     Raises:
         PlanError: names the later patches, the last of which has to be reverted first.
+        ArtifactError: an artifact is missing or was changed.
         InputError: an artifact cannot be read.
     """
     directed = {claim.patch_id for claim in claims.protected_directions(session, patch.lineage_id)}
@@ -28,9 +29,9 @@ def require_last_written(workspace: Workspace, session: Session, patch: Patch) -
         return
     store = workspace.store
     blocking: list[int] = []
-    with open_artifact(store.path(patch.artifact_digest or "")) as own:
+    with open_artifact(store.verify(patch.artifact_digest or "")) as own:
         for other in later:
-            with open_artifact(store.path(other.artifact_digest or "")) as written:
+            with open_artifact(store.verify(other.artifact_digest or "")) as written:
                 shared = [module.name for module in own.modules if written.module(module.name) is not None]
                 if any(bool(torch.isin(own.rows(name), written.rows(name)).any()) for name in shared):
                     blocking.append(other.sequence)

@@ -337,6 +337,8 @@ def _stands_as_before(session: Session, patch: Patch, applied: tuple[Patch, ...]
 def _record_files(session: Session, lineage: Lineage, after: FilesAfter) -> None:
     files = queries.lineage_files(session, lineage.id)
     for file in after.files:
+        if file.file not in after.written:
+            continue  # its record may be newer than what the plan was made with
         record = files[file.file]
         record.size, record.modified_ns = file.size, file.modified_ns
         record.digest, record.digest_algorithm = file.digest, file.digest_algorithm

@@ -26,7 +26,7 @@ from governance.patch_records import PatchSummary
 from governance.patch_transactions import IntendedRevert
 from governance.planning import PatchPlan, PreparedPatch, prepared
 from governance.recovery import files_of, settle_revert, undo_apply
-from governance.working_files import Change, LineageFiles, check_change, write_change
+from governance.working_files import Change, LineageFiles, check_change, require_writable, write_change
 from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
 from registry import locks
@@ -89,10 +89,11 @@ def write_patch(
         OSError: a file cannot be written; the write has been undone.
     """
     lineage = ready.plan.lineage
+    change = Change(artifact, "new", applied=lineage.applied, applied_after=(*lineage.applied, artifact))
+    files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
+    require_writable(files)  # again: gates may have taken hours since it was checked
     with locks.at_work() as token:
         patch_id = begin(token)
-        change = Change(artifact=artifact, side="new", applied_after=(*lineage.applied, artifact))
-        files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
         try:
             after = write_change(files, ready.expected)
             _require_judged(judged, after.digest)

@@ -5,6 +5,7 @@ claim directions of a module they have written rows of it that nobody claims, so
 and whatever is computed leaves the action on the claimed directions as it is (`algorithms.kept_directions`).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from algorithms.block_tensors import block_copy
+from algorithms.differences import require_finite_values
 from algorithms.editors import Editor, EditSources, Selection
+from algorithms.errors import MismatchError, NonFiniteError
 from algorithms.kept_directions import KeepingEditor, RebasedEditor
 from algorithms.settings import FgsnSettings
 from algorithms.weights import AdapterWeights
@@ -66,6 +69,8 @@ class PlannedRows:
             return module
         editor = self._editor(name, rows)
         gained = 0 if editor.extension is None else len(editor.extension)
+        if gained:
+            self._require_one_dtype(name)
         if isinstance(editor, RebasedEditor):
             blocks = editor.blocks if len(editor.blocks) > 1 else ()
             return replace(module, extension=gained, held=editor.held, blocks=blocks)
@@ -102,7 +107,8 @@ class PlannedRows:
         if claimed is not None and module.directions:
             writer.put(f"{module.name}/directions", claimed.float())
         if editor.extension is not None and module.extension:
-            writer.put(f"{module.name}/extension", editor.extension.to(dtype))
+            extension = editor.extension.to(dtype)
+            writer.put(f"{module.name}/extension", require_finite_values(extension, module.name, "The extension"))
 
         for edit in editor.edits():
             # Rows are read as float32, which holds every stored dtype exactly.
@@ -112,7 +118,25 @@ class PlannedRows:
             writer.put(f"{module.name}/new", new, figures.rows)
             figures.add(old, new)
             del old, new
-        return figures.outcome()
+        outcome = figures.outcome()
+        if not math.isfinite(outcome.norm_after):
+            raise NonFiniteError(
+                f"The computed rows of {module.name} are too large for {module.dtype}, in which the file holds them",
+                "Save the subject in bfloat16 or float32 and register it anew, or lower the strength",
+            )
+        return outcome
+
+    def _require_one_dtype(self, name: str) -> None:
+        """Rows that lora_A gains are kept in the dtype of lora_B: rounded again they would be other rows."""
+        subject = self.lineage.subject
+        if isinstance(subject, AdapterWeights):
+            lora = subject.adapter.modules[name]
+            of_a, of_b = (subject.adapter.tensors[tensor].dtype for tensor in (lora.a_tensor, lora.b_tensor))
+            if of_a != of_b:
+                raise MismatchError(
+                    f"lora_A of {name} is {of_a} and lora_B {of_b}, and this patch would add rows to lora_A",
+                    "Save the adapter in one dtype and register it anew",
+                )
 
     def _editor(self, name: str, rows: Tensor) -> Editor:
         lineage, sources = self.lineage, self.sources

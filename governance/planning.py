@@ -254,7 +254,7 @@ def sealed(
         WeightsChangedError: what would change is not what was recorded.
         RegistryBusyError: another patch was applied or reverted meanwhile.
     """
-    change = Change(artifact=artifact, side="new", applied_after=())
+    change = Change(artifact=artifact, side="new", applied=lineage.applied)
     files = LineageFiles(lineage.working, lineage.locations["subject"].path, change, lineage.recorded)
     with ExitStack() as held:
         sealing: list[Future[str]] = []

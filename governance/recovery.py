@@ -4,11 +4,13 @@ A patch that was being applied is taken back; a revert that had begun is finishe
 else, so they can be interrupted and run again themselves.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy.orm import Session
 
+from algorithms.errors import CheckpointError
 from governance import patch_transactions
 from governance.errors import WeightsChangedError
 from governance.lineage_state import recorded_state
@@ -92,7 +94,8 @@ def undo_apply(workspace: Workspace, patch_id: int, failure: str, token: str) ->
         WeightsChangedError: the files could not be brought back to what they were.
         LockLostError: another process recovered the lineage meanwhile.
     """
-    with workspace.registry.read() as session:
+    # A writing session waits for a commit of which this process does not know how it ended.
+    with workspace.registry.write() as session:
         patch = session.get_one(Patch, patch_id)
         if patch.state != "applying":
             return
@@ -135,15 +138,19 @@ def files_of(workspace: Workspace, session: Session, patch: Patch, side: Side) -
     """
     lineage = patch.lineage
     own = workspace.store.verify(patch.artifact_digest or "")
-    kept = [other for other in queries.applied_patches(session, lineage.id) if other.id != patch.id]
-    if side == "new":
-        kept = sorted([*kept, patch], key=lambda held: held.sequence)
-    composed = kept if lineage.subject.kind == "adapter" else []
-    paths = tuple(workspace.store.verify(held.artifact_digest or "") for held in composed)
+    others = [other for other in queries.applied_patches(session, lineage.id) if other.id != patch.id]
+    both = sorted([*others, patch], key=lambda held: held.sequence)
+    recorded = others if patch.state == "applying" else both
+
+    def artifacts(patches: Sequence[Patch]) -> tuple[Path, ...]:
+        if lineage.subject.kind != "adapter":
+            return ()
+        return tuple(workspace.store.verify(held.artifact_digest or "") for held in patches)
+
     return LineageFiles(
         working=Path(lineage.working_path),
         subject=Path(lineage.subject.path),
-        change=Change(artifact=own, side=side, applied_after=paths),
+        change=Change(own, side, artifacts(recorded), artifacts(both if side == "new" else others)),
         recorded=recorded_state(lineage),
     )
 
@@ -163,10 +170,17 @@ def _recover(workspace: Workspace, patch_id: int, *, foreign: bool) -> RecoveryA
             now = workspace.clock()
             locks.take_over(session, lineage, token, "recover", workspace.actor, now, foreign=foreign)
             name, number = lineage.name, patch.sequence
-        if state == "applying":
-            undo_apply(workspace, patch_id, "interrupted before it was complete", token)
-        else:
-            settle_revert(workspace, patch_id, token, failure=None)
+        try:
+            if state == "applying":
+                undo_apply(workspace, patch_id, "interrupted before it was complete", token)
+            else:
+                settle_revert(workspace, patch_id, token, failure=None)
+        except CheckpointError as error:
+            raise WeightsChangedError(
+                f"patch {number} of lineage {name} is {state}, and its files cannot be read: {error.problem}",
+                f"run neuronledger audit replay {name} --output DIRECTORY, which rebuilds the working checkpoint, put "
+                "the files in its place, then run neuronledger recover",
+            ) from error
     with workspace.registry.read() as session:
         return RecoveryAction(name, number, state, session.get_one(Patch, patch_id).state)
 

@@ -18,7 +18,7 @@ from algorithms.buffers import borrowed
 from algorithms.checkpoints import Checkpoint, StoredTensor
 from algorithms.digests import TENSOR_ALGORITHM, ExpectedContent, new_checksum, new_hash, read_pieces
 from algorithms.parallel import in_parallel, trailing
-from governance.errors import WeightsChangedError
+from governance.errors import SpaceError, WeightsChangedError
 from governance.patch_artifact import BLOCK_BYTES, ArtifactModule, PatchArtifact, Side
 from governance.tensor_file import DTYPES, tensor_bytes
 from registry.files import write_at
@@ -26,11 +26,19 @@ from registry.files import write_at
 
 @dataclass(frozen=True)
 class TensorChange:
-    """The digest of one tensor as it is, and what it will hold once rows are rewritten."""
+    """One tensor as it is, and once rows are rewritten.
+
+    Attributes:
+        tensor: its name in the file.
+        before: its digest now.
+        after: what it will hold.
+        replaces: whether the rows that will be rewritten are now those of the artifact's other side.
+    """
 
     tensor: str
     before: str
     after: ExpectedContent
+    replaces: bool
 
 
 def tensor_changes(
@@ -55,18 +63,22 @@ def tensor_changes(
         WeightsChangedError: a tensor is of another shape or dtype than the rows.
     """
 
+    other: Side = "old" if side == "new" else "new"
+
     def change(module: ArtifactModule) -> TensorChange:
         _require_fit(checkpoint, artifact, module)
         algorithm = algorithms.get(module.tensor, TENSOR_ALGORITHM)
         before, after, checksum = new_hash(algorithm), new_hash(algorithm), new_checksum()
         rows = artifact.rows(module.name)
+        replaces = True
         for block in tensor_blocks(checkpoint.path, checkpoint.stored(module.tensor)):
             before.update(block.content)
+            replaces = replaces and _holds(block, artifact, module, other, rows)
             splice(block, artifact, module, side, rows)
             after.update(block.content)
             checksum.update(block.content)
         expected = ExpectedContent(after.hexdigest(), checksum.hexdigest())
-        return TensorChange(module.tensor, before.hexdigest(), expected)
+        return TensorChange(module.tensor, before.hexdigest(), expected, replaces)
 
     def size(module: ArtifactModule) -> int:
         stored = checkpoint.stored(module.tensor)
@@ -136,6 +148,11 @@ def _require_fit(checkpoint: Checkpoint, artifact: PatchArtifact, module: Artifa
         )
 
 
+def shared_error(path: Path, paths: int) -> SpaceError:
+    """The error for a file that other paths share: a write into it would change more than the lineage's own."""
+    return SpaceError(f"{path} is shared by {paths} paths", "replace it by a copy of its own (cp, then mv over it)")
+
+
 def _flushed(target: "_InPlaceFile") -> str:
     with closing(target):
         target.sync()
@@ -157,9 +174,19 @@ class Block:
 
 
 class _InPlaceFile:
+    """A file that is rewritten in place, and that no other path shares.
+
+    Raises:
+        SpaceError: another path shares it.
+        OSError: it cannot be opened.
+    """
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        if (paths := os.fstat(self._descriptor).st_nlink) > 1:
+            os.close(self._descriptor)
+            raise shared_error(path, paths)
 
     def put(self, offset: int, content: bytes | memoryview) -> None:
         try:
@@ -220,6 +247,23 @@ def tensor_blocks(directory: Path, stored: StoredTensor) -> Iterator[Block]:
     pieces = read_pieces(directory / stored.file, stored.begin, stored.end, height * stored.row_bytes)
     for start, piece in zip(range(0, rows, height), pieces, strict=True):
         yield Block(start, min(start + height, rows), piece)
+
+
+def _holds(block: Block, artifact: PatchArtifact, module: ArtifactModule, side: Side, rows: Tensor) -> bool:
+    """Whether a block has the artifact's rows where they belong."""
+    places = rows.numpy()
+    if module.transposed:
+        item = DTYPES[module.dtype].itemsize
+        held = tensor_bytes(artifact.columns(module.name, side, block.start, block.stop).T)
+        entries = block.rows.reshape(block.stop - block.start, -1, item)[:, places]
+        return bool(np.array_equal(entries, np.frombuffer(held, np.uint8).reshape(entries.shape)))
+    first, last = np.searchsorted(places, (block.start, block.stop)).tolist()
+    if first == last:
+        return True
+    found = block.rows[places[first:last] - block.start]
+    with borrowed(found.size) as held:
+        artifact.read_into(held, module.name, side, first)
+        return bool(np.array_equal(found.ravel(), np.frombuffer(held, np.uint8)))
 
 
 def splice(block: Block, artifact: PatchArtifact, module: ArtifactModule, side: Side, rows: Tensor) -> None:

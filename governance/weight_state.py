@@ -240,7 +240,7 @@ def _digest_of_file(path: Path, algorithm: str, algorithms: Mapping[str, str]) -
         return digest_file(path)
     try:
         header = read_header(path)
-        return tree_state(path.parent, header, measure_tensors(path.parent, header.tensors.values(), algorithms)).digest
+        return tree_state(header, measure_tensors(path.parent, header.tensors.values(), algorithms)).digest
     except CheckpointError:
         return None
 
@@ -276,10 +276,12 @@ def measure_tensors(
     return tuple(in_parallel(measured, tensors))
 
 
-def tree_state(directory: Path, header: SafetensorsHeader, tensors: Iterable[TensorState]) -> FileState:
-    """State of a safetensors file of which every tensor's digest is known."""
-    status = (directory / header.file).stat()
-    return FileState(header.file, status.st_size, status.st_mtime_ns, tree_of(header.sha256, tensors), TREE)
+def tree_state(header: SafetensorsHeader, tensors: Iterable[TensorState]) -> FileState:
+    """State of a safetensors file of which every tensor's digest was taken after the header had been read.
+
+    Size and time are those of that moment, so that a write after it shows.
+    """
+    return FileState(header.file, header.size, header.modified_ns, tree_of(header.sha256, tensors), TREE)
 
 
 def tree_of(header: str, tensors: Iterable[TensorState]) -> str:

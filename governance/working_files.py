@@ -14,16 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from torch import Tensor
+
 from algorithms.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
 from algorithms.checkpoints import Checkpoint
 from algorithms.digests import ExpectedContent, new_hash
 from algorithms.errors import AdapterError, CheckpointError
 from algorithms.safetensors_files import SafetensorsHeader, StoredTensor, read_header
-from governance.adapter_files import ComposedAdapter, compose_adapter, config_bytes, remove_unfinished, write_adapter
+from governance.adapter_files import (
+    ComposedAdapter,
+    compose_adapter,
+    config_bytes,
+    remove_unfinished,
+    rewrite_file,
+    write_adapter,
+)
 from governance.errors import SpaceError, WeightsChangedError
 from governance.lineage_state import Recorded
 from governance.patch_artifact import ArtifactModule, Side, open_artifact
-from governance.row_files import tensor_changes, write_rows, writing_rows
+from governance.row_files import shared_error, tensor_changes, write_rows, writing_rows
 from governance.tensor_file import tensor_bytes
 from governance.weight_state import (
     TREE,
@@ -59,11 +68,19 @@ class FilesAfter:
 
 @dataclass(frozen=True)
 class Change:
-    """One patch to apply (`new`) or to take back (`old`), and the artifacts applied once that is done."""
+    """One patch to apply (`new`) or to take back (`old`).
+
+    Attributes:
+        artifact: of the patch.
+        side: which of its rows are written.
+        applied: of an adapter, the artifacts of the patches that it was recorded with, in sequence.
+        applied_after: of an adapter, those that it is composed of once the change is written.
+    """
 
     artifact: Path
     side: Side
-    applied_after: tuple[Path, ...]
+    applied: tuple[Path, ...] = ()
+    applied_after: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,12 @@ class LineageFiles:
     change: Change
     recorded: Recorded
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the working checkpoint is a LoRA adapter."""
+        with open_artifact(self.change.artifact) as artifact:
+            return artifact.header.form == "adapter"
+
 
 def check_change(
     files: LineageFiles, computed: Iterable[ArtifactModule] | None = None
@@ -96,25 +119,41 @@ def check_change(
         What each touched tensor of a full checkpoint will hold, by name; an adapter is composed anew instead.
 
     Raises:
-        WeightsChangedError: a tensor or file that would change is not what was recorded.
+        WeightsChangedError: a tensor or file that would change is not what was recorded, or the patch was computed from
+            a subject that is not what it was made of.
         SpaceError: a file that would be written is a link, shared with another path, or not writable.
     """
     working, change, recorded = files.working, files.change, files.recorded
+    require_writable(files)
     with open_artifact(change.artifact) as artifact:
         if artifact.header.form == "adapter":
-            for name in _all_files(recorded):
-                _require_rewritable(working / name)
             deque(computed or (), maxlen=0)
             _require_recorded(working, _measured(working, recorded, _all_files(recorded)), recorded)
             return {}
-        checkpoint = Checkpoint.open(working)
-        for file in sorted({checkpoint.stored(module.tensor).file for module in artifact.modules}):
-            _require_rewritable(working / file)
-        changes = tensor_changes(checkpoint, artifact, change.side, recorded.algorithms, computed)
+        changes = tensor_changes(Checkpoint.open(working), artifact, change.side, recorded.algorithms, computed)
     for tensor, states in changes.items():
         if states.before != recorded.tensors[tensor].digest:
             raise _changed(working, tensor, "is not what was recorded")
+        if not states.replaces:
+            raise WeightsChangedError(
+                f"rows of {tensor} of the working checkpoint {working} are not those that the patch would put back: "
+                f"{files.subject} was changed",
+                "run neuronledger audit verify --weights, restore the model that it names, then patch again",
+            )
     return {tensor: states.after for tensor, states in changes.items()}
+
+
+def require_writable(files: LineageFiles) -> None:
+    """Refuse a change whose files may not be written to, or that would be composed of another subject.
+
+    Raises:
+        WeightsChangedError: the subject's adapter with the applied patches is not what was recorded.
+        SpaceError: a file is a link, shared with another path, or not writable; or the directory is behind a link.
+    """
+    for name in _files_of(files):
+        _require_rewritable(files.working / name)
+    if files.is_adapter:
+        _require_composed(files, files.change.applied)
 
 
 def write_change(files: LineageFiles, expected: Mapping[str, ExpectedContent]) -> FilesAfter:
@@ -141,33 +180,48 @@ def compose_in(directory: Path, files: LineageFiles) -> str:
     Raises:
         OSError: a file cannot be written.
     """
-    with _composed(files) as (adapter, composed):
+    with _composed(files, files.change.applied_after) as (adapter, composed):
         write_adapter(composed, adapter, directory)
     return _measured(directory, files.recorded, (ADAPTER_WEIGHTS, ADAPTER_CONFIG)).digest
 
 
 def restore_side(files: LineageFiles) -> None:
-    """Write a change without asking what the files are now: how an interrupted write is undone."""
+    """Write what was recorded back without asking what the files are now: how an interrupted write is undone.
+
+    Raises:
+        WeightsChangedError: an adapter's subject with the applied patches is not what was recorded.
+        SpaceError: a file is a link, or shared with another path.
+        OSError: a file cannot be written.
+    """
     with open_artifact(files.change.artifact) as artifact:
         if artifact.header.form == "adapter":
-            with _composed(files) as (adapter, composed):
+            _require_composed(files, files.change.applied_after)
+            with _composed(files, files.change.applied_after) as (adapter, composed):
                 write_adapter(composed, adapter, files.working)
         else:
             write_rows(Checkpoint.open(files.working), artifact, files.change.side)
 
 
 def bring_to(digest: str, files: LineageFiles) -> FilesAfter:
-    """Write a change back if the weights are not at `digest` anyway: what was never written needs no undoing."""
+    """Write a change back, also where the weights read as having `digest`: that may never have reached the disk.
+
+    After a flush that failed, or a kill before one, memory holds what the disk does not.
+    """
     remove_unfinished(files.working)
     written = _files_of(files)
-    try:
-        after = _measured(files.working, files.recorded, written)
-    except (CheckpointError, AdapterError):
-        after = None
-    if after is None or after.digest != digest:
+    if files.is_adapter and _reads_as(digest, files):
+        for name in written:
+            rewrite_file(files.working / name)
+    else:
         restore_side(files)
-        after = _measured(files.working, files.recorded, written)
-    return after
+    return _measured(files.working, files.recorded, written)
+
+
+def _reads_as(digest: str, files: LineageFiles) -> bool:
+    try:
+        return _measured(files.working, files.recorded, _files_of(files)).digest == digest
+    except (CheckpointError, AdapterError):
+        return False
 
 
 def finish_change(files: LineageFiles) -> FilesAfter:
@@ -209,12 +263,9 @@ def _proved(files: LineageFiles, written: Iterable[str], expected: Mapping[str, 
 
 def _rewrite_adapter(files: LineageFiles) -> FilesAfter:
     working, recorded = files.working, files.recorded
-    with _composed(files) as (adapter, composed):
-        expected = {}
-        for name, tensor in composed.tensors.items():
-            running = new_hash(recorded.tensors[name].digest_algorithm)
-            running.update(tensor_bytes(tensor))
-            expected[name] = running.hexdigest()
+    _require_composed(files, files.change.applied)
+    with _composed(files, files.change.applied_after) as (adapter, composed):
+        expected = {name: _digest_of(tensor, recorded.tensors[name]) for name, tensor in composed.tensors.items()}
         write_adapter(composed, adapter, working)
         after = _measured(working, recorded, (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
         _require_expected(working, after, expected)
@@ -236,9 +287,9 @@ def _require_recorded(working: Path, found: FilesAfter, recorded: Recorded) -> N
 
 def _files_of(files: LineageFiles) -> tuple[str, ...]:
     """Names of the files that a change writes."""
+    if files.is_adapter:
+        return ADAPTER_WEIGHTS, ADAPTER_CONFIG
     with open_artifact(files.change.artifact) as artifact:
-        if artifact.header.form == "adapter":
-            return ADAPTER_WEIGHTS, ADAPTER_CONFIG
         return tuple(sorted({files.recorded.tensors[module.tensor].file for module in artifact.modules}))
 
 
@@ -248,20 +299,53 @@ def _all_files(recorded: Recorded) -> tuple[str, ...]:
 
 def _require_rewritable(path: Path) -> None:
     """A write through a link, or into a file that another path shares, would change more than the lineage's own."""
+    place = path.parent.resolve()
+    if place != path.parent:
+        raise SpaceError(
+            f"the working checkpoint {path.parent} is behind a symbolic link, in {place}",
+            "move the directory itself to where the link is",
+        )
     status = path.lstat()
-    if stat.S_ISLNK(status.st_mode) or status.st_nlink > 1:
-        how = "is a symbolic link" if stat.S_ISLNK(status.st_mode) else f"is shared by {status.st_nlink} paths"
-        raise SpaceError(f"{path} {how}", "replace it by a copy of its own (cp, then mv over it)")
+    if stat.S_ISLNK(status.st_mode):
+        raise SpaceError(f"{path} is a symbolic link", "replace it by a copy of its own (cp, then mv over it)")
+    if status.st_nlink > 1:
+        raise shared_error(path, status.st_nlink)
     if not os.access(path, os.W_OK):
         raise SpaceError(f"{path} cannot be written", "mend its permissions")
 
 
 @contextmanager
-def _composed(files: LineageFiles) -> Iterator[tuple[Adapter, ComposedAdapter]]:
+def _composed(files: LineageFiles, applied: Iterable[Path]) -> Iterator[tuple[Adapter, ComposedAdapter]]:
     adapter = Adapter.open(files.subject)
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_artifact(path)) for path in files.change.applied_after]
+        opened = [stack.enter_context(open_artifact(path)) for path in applied]
         yield adapter, compose_adapter(adapter, opened)
+
+
+def _require_composed(files: LineageFiles, applied: Iterable[Path]) -> None:
+    """Refuse to compose an adapter of a subject that, with the patches it was recorded with, is no longer that.
+
+    Raises:
+        WeightsChangedError: naming the first tensor or file.
+    """
+    recorded = files.recorded
+    with _composed(files, applied) as (adapter, composed):
+        found = {name: _digest_of(tensor, recorded.tensors[name]) for name, tensor in composed.tensors.items()}
+        found[ADAPTER_CONFIG] = hashlib.sha256(config_bytes(composed, adapter)).hexdigest()
+    wanted = {name: tensor.digest for name, tensor in recorded.tensors.items()}
+    wanted |= {file.file: file.digest for file in recorded.files if file.file == ADAPTER_CONFIG}
+    wrong = next((name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)), None)
+    if wrong is not None:
+        raise WeightsChangedError(
+            f"{wrong} of the adapter {files.subject} with its patches is not what was recorded: it was changed",
+            "run neuronledger audit verify --weights, and restore the subject's files",
+        )
+
+
+def _digest_of(tensor: Tensor, recorded: TensorState) -> str:
+    running = new_hash(recorded.digest_algorithm)
+    running.update(tensor_bytes(tensor))
+    return running.hexdigest()
 
 
 def _measured(
@@ -290,7 +374,7 @@ def _measured(
     tensors = {name: tensor for name, tensor in recorded.tensors.items() if tensor.file not in written}
     tensors.update({tensor.name: tensor for tensor in found})
     for header in headers:
-        files[header.file] = tree_state(working, header, [tensor for tensor in found if tensor.file == header.file])
+        files[header.file] = tree_state(header, [tensor for tensor in found if tensor.file == header.file])
     for file in written:
         if file not in weight_files:
             files[file] = measure_plain_file(working, file)

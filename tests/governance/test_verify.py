@@ -128,7 +128,7 @@ def test_changed_weights_are_found_though_their_digests_were_changed_with_them(p
     flip_byte(path, offset)
     header = read_header(path)
     tensors = measure_tensors(path.parent, header.tensors.values(), {})
-    tree = tree_state(path.parent, header, tensors)
+    tree = tree_state(header, tensors)
     _change(
         patched,
         f"UPDATE lineage_files SET digest = '{tree.digest}'",
