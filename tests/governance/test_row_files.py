@@ -33,7 +33,9 @@ def test_digests_of_a_change_do_not_depend_on_threads_or_blocks(
     subject, head = Checkpoint.open(scenario.trio.subject), Checkpoint.open(scenario.working)
     with open_artifact(scenario.artifact(1)) as artifact:
         names = [module.tensor for module in artifact.modules]
-        expected = {name: TensorChange(name, _digest(head, name), _content(subject, name)) for name in names}
+        expected = {
+            name: TensorChange(name, _digest(head, name), _content(subject, name), replaces=True) for name in names
+        }
         for threads in THREADS:
             for block_bytes in (100, 2**20):
                 monkeypatch.setattr(parallel, "THREADS", threads)
