@@ -1,7 +1,8 @@
 """Where the marks of the report's charts stand, in units of their SVG view boxes. The template draws them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil, floor
 
 from governance.report_figures import Control, Figure, FigureTable, Stage, StageFigures
@@ -14,18 +15,29 @@ _GUTTER = 14.0
 """Room between the reference models and the lineage's own stages."""
 
 _NAME_WIDTH = 40.0
-"""Room that the names of the reference models and of the subject need."""
+"""Room that the names of the reference models, of the subject and of the working copy without a patch need."""
 
 _CROWDED = 9
 """With more stages than this only the first, the last and the panel's own figures are printed into the chart."""
 
 _LETTERS = 12.0
-"""Height of a printed value and of half a control's point."""
+"""Highest base line of a printed value, so that it stands inside the chart."""
 
-_VALUE_WIDTH = 28.0
-"""Width of the widest printed value, 100.0."""
+_DIGIT, _POINT = 6.2, 3.1
+"""Widths of what printed values are made of."""
+
+_HALF = 3.0
+"""Half of a control's point."""
+
+_APART = 4.0
+"""Room between two printed values."""
+
+_COSTS = (100, 10, 1)
+"""What a printed value should least stand on, then less so: another value, a control's point, a line."""
 
 _STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,8 @@ class Mark:
     """A measured point with its interval, and the place of its printed value ("": none is printed).
 
     Attributes:
-        x_label: middle of the printed value, or its beginning where it stands at the point's `side`.
+        x_label: middle of the printed value.
+        y_label: its base line.
     """
 
     x: float
@@ -43,8 +56,43 @@ class Mark:
     value: str
     x_label: float
     y_label: float
-    side: bool
     own: bool
+
+    @property
+    def box(self) -> "Box":
+        """Where the printed value stands."""
+        return _box(self.value, self.x_label, self.y_label)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle; y grows downwards."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, other: "Box", apart: float = 0.0) -> bool:
+        """Whether the two share more than an edge, or stand side by side less than so far apart."""
+        return (
+            self.left < other.right + apart
+            and other.left < self.right + apart
+            and self.top < other.bottom
+            and other.top < self.bottom
+        )
+
+    def is_crossed(self, start: Point, end: Point) -> bool:
+        """Whether a straight line from start to end runs through it."""
+        enters, leaves = 0.0, 1.0
+        for at, to, low, high in zip(start, end, (self.left, self.top), (self.right, self.bottom), strict=True):
+            if at == to:
+                if not low < at < high:
+                    return False
+                continue
+            first, last = sorted(((low - at) / (to - at), (high - at) / (to - at)))
+            enters, leaves = max(enters, first), min(leaves, last)
+        return enters < leaves
 
 
 @dataclass(frozen=True)
@@ -173,6 +221,15 @@ def _rate_panel(
     controls = [_control_points(control, column, table.rows, places) for control in table.controls]
     start = [(places[index], _y(figure.value)) for index, stage, figure in points if stage.label == "subject"]
     own = [(places[index], _y(figure.value)) for index, stage, figure in points if stage.patch is not None]
+    lines = [*pairwise([*start, *own]), *(pair for line in controls for pair in pairwise([*start, *line]))]
+    marks: list[Mark] = []
+    for index, stage, figure in points:
+        is_own = _is_own(stage, quantity.dimension)
+        printed = is_own or _is_printed(index, stage, len(table.rows))
+        marks.append(_mark(places[index], figure, own=is_own, printed=printed))
+    lines += [((mark.x, mark.y_high), (mark.x, mark.y_low)) for mark in marks]
+    for place, mark in enumerate(marks):
+        marks[place] = _labelled(mark, [other for other in marks[:place] if other.value], controls, lines)
     return RatePanel(
         title=quantity.title,
         judge=quantity.judge,
@@ -183,16 +240,7 @@ def _rate_panel(
             if _is_labelled(index, row.stage, len(table.rows)) or _is_own(row.stage, quantity.dimension)
         ),
         y_ticks=tuple(Tick(_y(value), str(value)) for value in (0, 25, 50, 75, 100)),
-        marks=tuple(
-            _mark(
-                places[index],
-                figure,
-                [y for line in controls for x, y in line if x == places[index]],
-                own=_is_own(stage, quantity.dimension),
-                printed=_is_printed(index, stage, len(table.rows)) or _is_own(stage, quantity.dimension),
-            )
-            for index, stage, figure in points
-        ),
+        marks=tuple(marks),
         path=_path([*start, *own]),
         controls=tuple(point for line in controls for point in line),
         control_paths=tuple(_path([*start, *line]) for line in controls if line),
@@ -208,7 +256,7 @@ def _places(stages: Sequence[Stage]) -> tuple[dict[int, float], float | None]:
     own = [index for index in range(len(stages)) if index not in references]
     gutter = _GUTTER if references and own else 0.0
     inner = WIDTH - LEFT - RIGHT - gutter
-    named = sum(stage.patch is None for stage in stages)
+    named = sum(map(_is_named, stages))
     even = inner / max(1, len(stages))
     broad = max(even, _NAME_WIDTH)
     narrow = (inner - named * broad) / (len(stages) - named) if len(stages) > named else even
@@ -217,7 +265,7 @@ def _places(stages: Sequence[Stage]) -> tuple[dict[int, float], float | None]:
         if own and index == own[0] and gutter:
             separator = round(edge + gutter / 2, 2)
             edge += gutter
-        width = broad if stages[index].patch is None else narrow
+        width = broad if _is_named(stages[index]) else narrow
         places[index] = round(edge + width / 2, 2)
         edge += width
     return places, separator
@@ -239,28 +287,67 @@ def _control_points(
     return points
 
 
-def _mark(x: float, figure: Figure, beside: Sequence[float], *, own: bool, printed: bool) -> Mark:
+def _mark(x: float, figure: Figure, *, own: bool, printed: bool) -> Mark:
+    """A point whose printed value stands on it as yet."""
     y = _y(figure.value)
     low = _y(figure.value if figure.low is None else figure.low)
     high = _y(figure.value if figure.high is None else figure.high)
-    y_label = _label(min(high, y - 5) - 4, max(low, y + 5) + 12, y, beside)
-    side = y_label is None and x + 8 + _VALUE_WIDTH <= WIDTH
-    if y_label is None:
-        y_label = y + 4 if side else max(_LETTERS, min(high, *beside) - 7)
-    text = f"{figure.value:.1f}" if printed else ""
-    return Mark(x, y, low, high, text, x + 8 if side else x, round(y_label, 2), side, own)
+    return Mark(x, y, low, high, f"{figure.value:.1f}" if printed else "", x, y, own)
 
 
-def _label(above: float, below: float, y: float, beside: Sequence[float]) -> float | None:
-    """The base line of a value over or under its point; None where a control's point stands at both places."""
-    places = [above] if below >= _y(0) else [below, above] if any(other < y for other in beside) else [above, below]
-    free = (place for place in places if not any(place - _LETTERS < other < place + 4 for other in beside))
-    place = next(free, None)
-    return None if place is None else max(place, _LETTERS)
+def _labelled(
+    mark: Mark,
+    before: Sequence[Mark],
+    controls: Sequence[Sequence[Point]],
+    lines: Sequence[tuple[Point, Point]],
+) -> Mark:
+    """The mark with its value printed where it stands on the least: the first such place."""
+    points = [Box(x - _HALF, y - _HALF, x + _HALF, y + _HALF) for line in controls for x, y in line]
+
+    def cost(place: Mark) -> int:
+        box = place.box
+        met = (
+            sum(box.meets(other.box, _APART) for other in before),
+            sum(box.meets(point) for point in points),
+            sum(box.is_crossed(*line) for line in lines),
+        )
+        return sum(count * each for count, each in zip(met, _COSTS, strict=True))
+
+    beside = [y for line in controls for x, y in line if x == mark.x]
+    return min(_label_places(mark, beside), key=cost) if mark.value else mark
+
+
+def _label_places(mark: Mark, beside: Sequence[float]) -> Iterator[Mark]:
+    """Where a value may be printed, best places first: over or under its point, there a little aside, at its side."""
+    half = (mark.box.right - mark.box.left) / 2
+    above, below = max(_LETTERS, min(mark.y_high, mark.y - 5) - 4), max(mark.y_low, mark.y + 5) + 12
+    rows = [above] if below >= _y(0) else [below, above] if any(y < mark.y for y in beside) else [above, below]
+    for aside in (0, half - 3, 3 - half, half + 2, -half - 2):
+        yield from (_placed(mark, mark.x + aside, row) for row in rows if _fits(mark.x + aside, half))
+    yield from (_placed(mark, x, mark.y + 4) for x in (mark.x + 8 + half, mark.x - 8 - half) if _fits(x, half))
+    yield _placed(mark, mark.x, max(_LETTERS, min(above, *beside, mark.y) - 7))
+
+
+def _placed(mark: Mark, x: float, y: float) -> Mark:
+    return replace(mark, x_label=round(x, 2), y_label=round(y, 2))
+
+
+def _fits(middle: float, half: float) -> bool:
+    return middle - half >= 0 and middle + half <= WIDTH
+
+
+def _box(text: str, middle: float, base: float) -> Box:
+    half = sum(_POINT if letter == "." else _DIGIT for letter in text) / 2
+    return Box(middle - half, base - 9, middle + half, base + 1)
 
 
 def _y(percent: float) -> float:
     return round(TOP + (HEIGHT - TOP - BOTTOM) * (1 - percent / 100), 2)
+
+
+def _is_named(stage: Stage) -> bool:
+    """Whether a name stands on the axis instead of a patch's number."""
+    return not stage.patch and stage.candidate is None
 
 
 def _short(stage: Stage) -> str:

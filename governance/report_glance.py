@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from governance.report_figures import Figure, FigureTable, Quantity, StageFigures
+from governance.report_figures import SAME_SHARE, Figure, FigureTable, Quantity, StageFigures
 from governance.report_records import PatchRecord, Report
 
 
@@ -42,6 +42,7 @@ class Glance:
         modified_linear_share: of the parameters of linear modules.
         head_measured: whether any figure was taken of the head's weights.
         control: name of the lineage whose figures stand beside; None without one.
+        control_share: share of all parameters that the control had modified then; None where it was not measured then.
     """
 
     harmfulness: tuple[GlanceRow, ...]
@@ -52,6 +53,12 @@ class Glance:
     modified_linear_share: float
     head_measured: bool
     control: str | None
+    control_share: float | None
+
+    @property
+    def same_share(self) -> bool:
+        """Whether the control modified as large a share of parameters as the head, as far as is known."""
+        return self.control_share is None or is_same_share(self.control_share, self.modified_share)
 
 
 def glance(report: Report) -> Glance:
@@ -66,7 +73,6 @@ def glance(report: Report) -> Glance:
     )
     order = {name: index for index, name in enumerate(report.dimensions)}
     last = len(order)
-    control = next(iter(report.harmfulness.controls or report.accuracy.controls), None)
     return Glance(
         harmfulness=tuple(sorted((*harm, *bare), key=lambda row: order.get(row.dimension or "", last))),
         costs=costs,
@@ -75,15 +81,37 @@ def glance(report: Report) -> Glance:
         modified_share=sum(patch.modified_share for patch in report.applied),
         modified_linear_share=sum(patch.modified_linear_share for patch in report.applied),
         head_measured=any(row.now for row in (*harm, *costs)),
-        control=control.lineage if control else None,
+        control=_control(report),
+        control_share=_control_share(report),
     )
+
+
+def is_same_share(one: float, other: float) -> bool:
+    """Whether two shares are called the same, as in the tables of figures."""
+    return abs(one - other) <= SAME_SHARE * max(one, other)
+
+
+def _control_share(report: Report) -> float | None:
+    rows = (_beside(report, table) for table in (report.harmfulness, report.accuracy))
+    return next((row.stage.modified_share for row in rows if row), None)
+
+
+def _beside(report: Report, table: FigureTable) -> StageFigures | None:
+    """The control's stage after as many patches as the head."""
+    name = _control(report)
+    rows = (row for control in table.controls if control.lineage == name for row in control.rows)
+    return next((row for row in rows if report.head and row.stage.patch == report.head), None)
+
+
+def _control(report: Report) -> str | None:
+    """The lineage whose figures stand beside."""
+    return next((control.lineage for control in (*report.harmfulness.controls, *report.accuracy.controls)), None)
 
 
 def _rows(report: Report, table: FigureTable) -> tuple[GlanceRow, ...]:
     before = next((row for row in table.rows if row.stage.label == "subject"), None)
     current = [row for row in table.rows if row.stage.current]
-    controls = table.controls[0].rows if table.controls else ()
-    beside = next((row for row in controls if report.head and row.stage.patch == report.head), None)
+    beside = _beside(report, table)
     return tuple(
         GlanceRow(
             quantity,

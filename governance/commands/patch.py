@@ -398,11 +398,14 @@ def show_patch(summary: "PatchSummary") -> None:
         click.echo(f"{approval.decision.capitalize()} by {approval.actor}{why}.")
     if summary.state == "planned":
         approved = sum(each.decision == "approved" for each in summary.approvals)
-        click.echo(
-            f"Nothing was written. It waits for approval: {approved} of {summary.approvals_needed}; others than "
-            f"{summary.actor} run neuronledger patch approve {summary.lineage} {summary.patch}, then "
-            f"neuronledger patch apply {summary.lineage} --planned {summary.patch}."
+        write = f"neuronledger patch apply {summary.lineage} --planned {summary.patch}"
+        waits = (
+            f"It is approved: {write} writes it."
+            if approved >= summary.approvals_needed
+            else f"It waits for approval: {approved} of {summary.approvals_needed}; others than {summary.actor} run "
+            f"neuronledger patch approve {summary.lineage} {summary.patch}, then {write}."
         )
+        click.echo(f"Nothing was written. {waits}")
     elif summary.failure:
         click.echo(f"It failed: {summary.failure}")
     if summary.digest_after:

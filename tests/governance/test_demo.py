@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from governance import demo as demo_module
 from governance.auditing import verify
@@ -16,6 +17,7 @@ from governance.errors import InputError
 from governance.workspace import Workspace, open_workspace
 from tests.governance.report_pages import Page
 from tests.laboratory_cache import cached_laboratory
+from tests.registry.documented_sql import QUERIES, STAGES, query_title
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,38 @@ def test_the_policy_refuses_the_bad_patch_byte_for_byte_and_no_ordinary_one(demo
     page = Page((output / "report.html").read_text(encoding="utf-8"))
     assert "rejected by its gates" in page.text
     assert len(page.tables["table-gates"]) > len(summary.gates.why)
+
+
+def test_every_documented_query_finds_something_in_the_demos_registry(demo: tuple[Path, DemoSummary]) -> None:
+    """The names of the page are put for those of the demo; only directions are claimed by none of its patches."""
+    output, summary = demo
+    with (
+        open_workspace(f"sqlite:///{output / 'registry.db'}", "test").registry as registry,
+        registry.read() as session,
+    ):
+        neuron = "SELECT module, neuron FROM v_protected_neurons WHERE lineage = 'demo' ORDER BY module, neuron LIMIT 1"
+        (protected,) = session.execute(text(neuron)).all()
+        first, last = session.execute(text("SELECT min(created_at), max(created_at) FROM v_events")).one()
+        names = {
+            "'support-bot'": "'demo'",
+            "'terrorism'": f"'{summary.patches[0].dimension}'",
+            "'model.layers.3.mlp.down_proj'": f"'{protected.module}'",
+            "neuron = 17": f"neuron = {protected.neuron}",
+            "'2026-03-01'": f"'{first[:7]}-01'",
+            "'2026-04-01'": f"'{last[:7]}-32'",
+        }
+        assert all(any(name in query for query in QUERIES) for name in names)
+        empty = []
+        for query in QUERIES:
+            statement = query
+            for name, own in names.items():
+                statement = statement.replace(name, own)
+            if not session.execute(text(statement)).all():
+                empty.append(query_title(query))
+        assert empty == ["protected input directions, module by module"]
+        stages = session.scalars(text("SELECT DISTINCT stage FROM v_evaluations")).all()
+        assert [stage for stage in stages if not STAGES.fullmatch(stage)] == []
+        assert {"subject", "patch 0", "candidate 1"} <= set(stages)
 
 
 def test_the_summary_file_is_the_summary(demo: tuple[Path, DemoSummary]) -> None:

@@ -62,7 +62,11 @@ def test_a_patch_goes_from_planned_to_applied(scenario: Scenario, policy: Path) 
     assert (refused.exit_code, "ada may not patch.approve" in refused.stderr) == (1, True)
     assert run(scenario, "patch", "apply", "line", "--planned", "1").exit_code == 1
     assert digests(scenario.working) == before
-    assert run(scenario, "patch", "approve", "line", "1", "--reason", "seen", actor="bob").exit_code == 0
+    approved = run(scenario, "patch", "approve", "line", "1", "--reason", "seen", actor="bob")
+    assert approved.exit_code == 0
+    assert "It is approved: neuronledger patch apply line --planned 1 writes it." in approved.stdout
+    assert "waits" not in approved.stdout
+    assert "patch approve" not in approved.stdout
     told = json.loads(run(scenario, "patch", "show", "line", "1", "--json").stdout)["patch"]
     assert [(each["actor"], each["decision"], each["reason"]) for each in told["approvals"]] == [
         ("bob", "approved", "seen")

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from governance.report_charts import HEIGHT, WIDTH, layer_panels, rate_panels
+from governance.report_charts import HEIGHT, WIDTH, Box, layer_panels, rate_panels
 from governance.report_figures import Control, Figure, FigureTable, Quantity, Stage, StageFigures
 from tests.governance.made_reports import made_identification
 
@@ -51,9 +51,31 @@ def test_printed_values_do_not_stand_on_a_control(value: float, beside: tuple[fl
     table = FigureTable((Quantity("harmfulness", "a", "j 1"),), (row,), controls, ("j 1",), 0, ())
     (panel,) = rate_panels(table, ("a",))
     (mark,) = panel.marks
-    if mark.side:
-        assert mark.x_label > mark.x + 6
-        assert mark.x_label + 26 <= WIDTH
-    else:
-        assert all(not mark.y_label - 11 < y < mark.y_label + 3 for _, y in panel.controls)
+    assert mark.box.left >= 0
+    assert mark.box.right <= WIDTH
+    assert not any(mark.box.meets(Box(x - 3, y - 3, x + 3, y + 3)) for x, y in panel.controls)
     assert 8 <= mark.y_label <= HEIGHT
+
+
+@pytest.mark.parametrize("steep", [(100.0, 100.0, 11.2, 10.0, 5.0), (100.0, 3.9, 0.0, 0.0), (100.0, 60.0, 30.0, 25.0)])
+def test_printed_values_stand_neither_on_the_line_nor_on_each_other(steep: tuple[float, ...]) -> None:
+    stages = [Stage(name, "", None, None, None, False, False) for name in ("base", "aligned", "subject")]
+    stages += [Stage(f"after patch {n}", "a", n, "a", 0.1 * n, False, False) for n in range(len(steep) - 1)]
+    figures = [Figure(value, 1, 1, max(0.0, value - 5), min(100.0, value + 8)) for value in (100.0, 0.0, *steep)]
+    rows = tuple(StageFigures(stage, (figure,)) for stage, figure in zip(stages, figures, strict=True))
+    (panel,) = rate_panels(FigureTable((Quantity("harmfulness", "a", "j 1"),), rows, (), ("j 1",), 0, ()), ("a",))
+    line = [(mark.x, mark.y) for mark in panel.marks[2:]]
+    for number, mark in enumerate(panel.marks):
+        assert not any(mark.box.is_crossed(*pair) for pair in pairwise(line)), mark.value
+        assert not any(mark.box.meets(other.box, apart=3) for other in panel.marks[:number]), mark.value
+
+
+def test_the_name_of_the_working_copy_has_the_room_of_a_name() -> None:
+    stages = [Stage(name, "", None, None, None, False, False) for name in ("base", "aligned", "subject")]
+    stages += [Stage(f"after patch {n}", "a", n, "a", 0.1 * n, False, False) for n in range(4)]
+    stages.append(Stage("patch 4, rejected", "a", None, None, None, False, False, 4))
+    rows = tuple(StageFigures(stage, (Figure(50.0, 1, 2, 40.0, 60.0),)) for stage in stages)
+    (panel,) = rate_panels(FigureTable((Quantity("harmfulness", "a", "j 1"),), rows, (), ("j 1",), 0, ()), ("a",))
+    places = {tick.label: tick.position for tick in panel.x_ticks}
+    assert places["none"] - places["subject"] == pytest.approx(places["aligned"] - places["base"])
+    assert places["(4)"] - places["3"] == pytest.approx(places["3"] - places["2"])

@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import governance
+from governance.gate_rules import RuleResult
+from governance.report_figures import Control
 from governance.reporting import render
-from tests.governance.made_reports import KINDS, made_report
+from tests.governance.made_reports import KINDS, START, made_report
 from tests.governance.report_pages import Page, require_readable
 
 LONG = "x" * 255
@@ -78,6 +81,56 @@ def test_a_glance_gives_before_now_and_control() -> None:
     assert page.row("table-glance", "weapons")[1] == "not protected|patch 2 reverted"
     assert "1 of 2" in page.text
     assert "0.10 % 0.11 % of linear modules" in page.text
+
+
+@pytest.mark.parametrize(("control", "told"), [(0.001, "beyond random neurons"), (0.0004, "not a control at the same")])
+def test_shares_stand_over_the_figures_and_another_share_is_said(control: float, told: str) -> None:
+    report = made_report()
+    row = report.harmfulness.controls[0].rows[0]
+    beside = Control("chance", (replace(row, stage=replace(row.stage, modified_share=control)),))
+    page = Page(render(replace(report, harmfulness=replace(report.harmfulness, controls=(beside,)))))
+    heads = page.tables["table-glance"][0]
+    assert "0.10 % of parameters" in heads[3]
+    assert f"{control:.2%} of parameters".replace("%", " %") in heads[5]
+    notes = [text for text in ("beyond random neurons", "not a control at the same") if text in page.text]
+    assert notes == [told]
+
+
+@pytest.mark.parametrize(
+    ("state", "said", "changed"),
+    [
+        ("applied", "a: applied", "42 rows in 14 modules"),
+        ("reverted", "a: reverted", "42 rows in 14 modules (reverted)"),
+        ("planned", "a: planned, not written", "would modify 42 rows in 14 modules (planned, not written)"),
+        ("rejected", "a: rejected, never applied", "would modify 42 rows in 14 modules (rejected, never applied)"),
+    ],
+)
+def test_a_patch_that_is_not_applied_is_told_to_have_changed_nothing(state: str, said: str, changed: str) -> None:
+    report = made_report(("a",))
+    written = state in {"applied", "reverted"}
+    patch = replace(report.patches[0], state=state, applied_at=START if written else None)
+    page = Page(render(replace(report, patches=(patch,), head=1 if state == "applied" else None)))
+    assert said in page.text
+    assert changed in page.text
+    assert ("would modify" in page.text) is not written
+    assert ("interrupted" in page.text) is False
+
+
+def test_every_table_of_many_columns_keeps_a_width_on_a_narrow_screen_and_rules_are_not_broken() -> None:
+    report = made_report(("a",))
+    rule = RuleResult("largest_linear_share", None, 0.65, 0.05, True, "5.00 % of the parameters of linear modules")
+    source = render(
+        replace(report, patches=(replace(report.patches[0], gates=(rule,), policy="p 1", policy_digest="9" * 64),))
+    )
+    (screen,) = re.findall(r"@media screen \{\n(.*?)\n\}", STYLE.read_text(encoding="utf-8"), re.DOTALL)
+    kept = re.findall(r'#([\w-]+)|\[id\^="([\w-]+)"\]', screen)
+    wide = [name for name, rows in Page(source).tables.items() if len(rows[0]) >= 5]
+    assert {"table-gates", "table-approvals", "table-timeline", "table-events"} <= set(wide)
+    for name in wide:
+        figures = re.search(rf'<table id="{name}" class="(figures|map)"', source)
+        assert figures or any(name == whole or (start and name.startswith(start)) for whole, start in kept), name
+    assert '<span class="whole">largest_linear_share</span>' in source
+    assert '<code class="whole">' in source
 
 
 def test_findings_stand_at_the_top_and_beside_the_ledger() -> None:

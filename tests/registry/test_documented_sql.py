@@ -1,17 +1,13 @@
 """What docs/registry.md tells of the registry's tables and views is what is there, and its queries run."""
 
 import re
-from pathlib import Path
 
 import pytest
 from sqlalchemy import inspect, text
 
 from registry.database import Registry
 from registry.schema import Base
-
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "registry.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL)
-QUERIES = [query.strip() for block in BLOCKS for query in block.split(";") if query.strip()]
+from tests.registry.documented_sql import PAGE, QUERIES, query_title
 
 
 def test_every_view_is_documented_with_its_columns(registry: Registry) -> None:
@@ -29,7 +25,7 @@ def test_every_table_is_documented() -> None:
     assert {table for table in Base.metadata.tables if table not in named} == set()
 
 
-@pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.splitlines()[0].lstrip("- "))
+@pytest.mark.parametrize("query", QUERIES, ids=query_title)
 def test_every_documented_query_runs(registry: Registry, query: str) -> None:
     with registry.read() as session:
         assert session.execute(text(query)).all() == []
