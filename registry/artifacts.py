@@ -35,9 +35,7 @@ class ArtifactStore:
         Raises:
             ArtifactStoreError: the store cannot be written.
         """
-        owner = this_process()
-        name = f"{owner.host}.{owner.pid}.{owner.started}.{secrets.token_hex(16)}{_TEMPORARY}"
-        temporary = self.directory / name
+        temporary = self.directory / f"{this_process().name}.{secrets.token_hex(16)}{_TEMPORARY}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -168,12 +166,12 @@ class ArtifactStore:
         return tuple(sorted(self.directory.glob(f"*{_TEMPORARY}")))
 
     def remove_abandoned(self) -> tuple[Path, ...]:
-        """Remove the temporary files of processes of this host that are gone, and return them.
+        """Remove the temporary files of processes that are surely gone, and return them.
 
         Raises:
             ArtifactStoreError: one cannot be removed.
         """
-        abandoned = tuple(path for path in self.leftovers() if _writer(path).liveness == "dead")
+        abandoned = tuple(path for path in self.leftovers() if _is_abandoned(path))
         try:
             for path in abandoned:
                 path.unlink(missing_ok=True)
@@ -206,14 +204,9 @@ class ArtifactStore:
         )
 
 
-def _writer(temporary: Path) -> Owner:
-    """The process that a temporary file is named after; a name in another form is nobody's."""
-    parts = temporary.name.removesuffix(_TEMPORARY).rsplit(".", 3)
-    try:
-        host, pid, started, _ = parts
-        return Owner(host, int(pid), int(started))
-    except ValueError:
-        return Owner("", 0, 0)
+def _is_abandoned(temporary: Path) -> bool:
+    writer = Owner.named(temporary.name.removesuffix(_TEMPORARY).rpartition(".")[0])
+    return writer is not None and writer.liveness == "dead"
 
 
 def _digest(path: Path) -> str:
