@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from registry.errors import ArtifactError, ArtifactStoreError
-from registry.files import create_file, sync_directory
+from registry.files import create_file, make_directory, sync_directory
 from registry.processes import Owner, this_process
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -37,7 +37,7 @@ class ArtifactStore:
         """
         temporary = self.directory / f"{this_process().name}.{secrets.token_hex(16)}{_TEMPORARY}"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory)
         except OSError as error:
             raise self._not_writable(error) from error
         try:
@@ -73,9 +73,8 @@ class ArtifactStore:
         """
         target = self._target(digest)
         try:
-            if not target.parent.is_dir():
-                target.parent.mkdir(exist_ok=True)
-                sync_directory(self.directory)
+            target.parent.mkdir(exist_ok=True)
+            sync_directory(self.directory)  # another process may have made it and not be that far yet
             temporary.replace(target)
             sync_directory(target.parent)
         except OSError as error:

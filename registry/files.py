@@ -53,6 +53,18 @@ def replace_file(path: Path, content: bytes, temporary: Path) -> None:
     sync_directory(path.parent)
 
 
+def make_directory(directory: Path) -> None:
+    """Make a directory with its parents, where they are not there yet, and flush the names of those that it made.
+
+    Raises:
+        OSError: one cannot be made.
+    """
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync_directory(path.parent)
+
+
 def sync_directory(directory: Path) -> None:
     """Flush a directory, so that a file created or renamed in it survives a power cut."""
     if os.name == "nt":  # Windows cannot open directories, and renames there are synchronous enough

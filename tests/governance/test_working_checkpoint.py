@@ -18,10 +18,13 @@ from governance.catalogue import register_model
 from governance.errors import InputError, SpaceError, WeightsChangedError
 from governance.hashing import HashJournal, hash_files
 from governance.lineages import LineageSummary, create_lineage
+from governance.recovery import recover
 from governance.workspace import Workspace
 from registry import queries
 from registry.database import Registry
+from registry.processes import Owner, this_process
 from tests.governance.conftest import Trios
+from tests.governance.faults import Fault, killed
 from tests.governance.scenarios import Trio, digests
 from tests.tiny_models import save_model, save_variant
 
@@ -97,6 +100,68 @@ def test_what_a_killed_creation_left_gives_way(workspace: Workspace, trios: Trio
     working = Path(_create(workspace, trios()).working_path)
     assert working == left
     assert digests(working) == digests(trios().subject)
+
+
+@pytest.fixture
+def url(apart: Trio, tmp_path: Path) -> str:
+    """A registry that holds the models and to which no connection is open."""
+    url = f"sqlite:///{tmp_path / 'registry' / 'registry.db'}"
+    with Registry.open(url, create=True) as registry:
+        for role in ("base", "aligned", "subject"):
+            register_model(Workspace(registry, "tester"), role, getattr(apart, role), role)  # type: ignore[arg-type]
+    return url
+
+
+def _created(url: str, apart: Trio, working: Path | None = None) -> LineageSummary:
+    with Registry.open(url) as registry:
+        return _create(Workspace(registry, "tester"), apart, working=working)
+
+
+@pytest.mark.parametrize("command", ["recover", "lineage create"])
+def test_the_copy_that_a_killed_creation_left_is_removed(url: str, apart: Trio, tmp_path: Path, command: str) -> None:
+    places = tmp_path / "registry" / "lineages"
+    assert killed(Fault(places, "fsync", 3, "kill"), lambda: _created(url, apart))
+    assert len(list(places.iterdir())) == 1
+    if command == "recover":
+        with Registry.open(url) as registry:
+            recover(Workspace(registry, "tester"))
+        assert list(places.iterdir()) == []
+    else:
+        _created(url, apart)
+        assert list(places.iterdir()) == [places / "line"]
+
+
+def test_the_next_creation_beside_a_chosen_place_removes_what_a_killed_one_left_there(
+    url: str, apart: Trio, tmp_path: Path
+) -> None:
+    chosen = tmp_path / "chosen" / "place"
+    assert killed(Fault(chosen.parent, "fsync", 3, "kill"), lambda: _created(url, apart, chosen))
+    assert len(list(chosen.parent.iterdir())) == 1
+    _created(url, apart, chosen.with_name("another"))
+    assert list(chosen.parent.iterdir()) == [chosen.with_name("another")]
+
+
+def test_a_copy_that_somebody_may_still_make_is_left(workspace: Workspace, trios: Trios) -> None:
+    mine = this_process()
+    owners = (mine, Owner("another.host+-+-+-", 7, 1), Owner(mine.host, 2**22 + 1, 1))
+    places = workspace.directory / "lineages"
+    left = {places / f".{name}.0f0f.making" for name in (*(owner.name for owner in owners), "line")}
+    for path in left:
+        path.mkdir(parents=True)
+    _create(workspace, trios())
+    recover(workspace)
+    assert set(places.iterdir()) == {places / "line", *left}
+
+
+@pytest.mark.parametrize("working", [None, "outer/inner/line"])
+def test_a_power_cut_after_the_record_takes_no_directory(
+    url: str, apart: Trio, tmp_path: Path, working: str | None
+) -> None:
+    chosen = tmp_path / working if working else None
+    assert killed(Fault(tmp_path, "committed", 1, "power cut"), lambda: _created(url, apart, chosen))
+    with Registry.open(url) as registry:
+        (line,) = lineages.list_lineages(Workspace(registry, "tester"))
+    assert digests(Path(line.working_path)) == digests(apart.subject)
 
 
 @pytest.mark.parametrize("part", [".", "..", "deep/inside"])

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from registry import artifacts, files
 from registry.artifacts import ArtifactStore
 from registry.errors import ArtifactError, ArtifactStoreError
+from registry.processes import Owner, this_process
 
 
 @pytest.fixture
@@ -62,6 +64,21 @@ def test_the_same_content_is_kept_once(store: ArtifactStore) -> None:
     assert len(store.list()) == 1
 
 
+def test_every_directory_of_an_artifact_is_flushed_in_the_one_that_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is there already: another process may have made it just now."""
+    flushed: list[Path] = []
+    for module in (files, artifacts):
+        monkeypatch.setattr(module, "sync_directory", flushed.append)
+    store = ArtifactStore(tmp_path / "registry" / "artifacts")
+    place = store.directory / hashlib.sha256(b"rows").hexdigest()[:2]
+    store.put_bytes(b"rows")
+    assert flushed == [tmp_path, tmp_path / "registry", store.directory, place]
+    store.put_bytes(b"rows")
+    assert flushed[4:] == [store.directory, place]
+
+
 def test_a_writer_that_fails_leaves_nothing(store: ArtifactStore) -> None:
     with pytest.raises(ZeroDivisionError), store.writer() as path:  # noqa: PT012
         path.write_bytes(b"half")
@@ -110,6 +127,18 @@ def test_a_killed_writer_leaves_no_artifact(store: ArtifactStore) -> None:
         os.link(path, kept)
     assert store.list() == ()
     assert store.leftovers() == (kept,)
+
+
+def test_only_what_is_surely_abandoned_is_removed(store: ArtifactStore) -> None:
+    mine = this_process()
+    dead, elsewhere = Owner(mine.place, 2**22 + 1, 1), Owner("another.host+-+-+-", 1, 1)
+    of_before = Owner(mine.host, 2**22 + 1, 1)
+    store.directory.mkdir()
+    left = {owner: store.directory / f"{owner.name}.0f0f.writing" for owner in (mine, dead, elsewhere, of_before)}
+    for path in left.values():
+        path.write_bytes(b"half")
+    assert store.remove_abandoned() == (left.pop(dead),)
+    assert set(store.leftovers()) == set(left.values())
 
 
 def test_a_store_that_cannot_be_made_is_named(tmp_path: Path) -> None:
