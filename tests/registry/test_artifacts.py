@@ -1,5 +1,6 @@
 """A digest names its whole content, or nothing; damage and absence are told."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -39,14 +40,64 @@ def test_what_is_put_is_read(shared_store: ArtifactStore, content: bytes) -> Non
     assert shared_store.verify(digest).read_bytes() == content
 
 
-def test_a_written_file_is_kept_read_only(store: ArtifactStore) -> None:
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o444), (0o027, 0o440), (0o077, 0o400)])
+def test_a_written_file_is_kept_for_whom_the_umask_lets_read(store: ArtifactStore, umask: int, mode: int) -> None:
+    """Another user of the registry has to read what a patch of this one replaced, and nobody has to write it."""
     with store.writer() as path:
         path.write_bytes(b"rows")
-        digest = store.commit(path)
-    assert stat.S_IMODE(store.path(digest).stat().st_mode) == 0o400
+        before = os.umask(umask)
+        try:
+            digest = store.commit(path)
+        finally:
+            assert os.umask(before) == umask
+    assert stat.S_IMODE(store.path(digest).stat().st_mode) == mode
     assert store.list() == (digest,)
     assert store.leftovers() == ()
     assert store.contains(digest)
+
+
+def test_what_is_being_written_is_its_writer_s_alone(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[int] = []
+
+    def seal(_: ArtifactStore, temporary: Path) -> str:
+        modes.append(stat.S_IMODE(temporary.stat().st_mode))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ArtifactStore, "seal", seal)
+    with pytest.raises(ZeroDivisionError):
+        store.put_bytes(b"rows")
+    assert modes == [0o600]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM])
+@pytest.mark.parametrize("call", ["open", "stat"])
+def test_an_artifact_that_another_user_may_not_read_is_no_damage(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    digest = store.put_bytes(b"rows")
+
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, call, refuse)
+    for read in (store.verify, store.read_bytes):
+        with pytest.raises(
+            ArtifactError, match=rf"{digest} cannot be read.*read permission.*chmod .* {store.directory}"
+        ):
+            read(digest)
+
+
+def test_an_artifact_that_the_disk_does_not_give_is_to_be_restored(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = store.put_bytes(b"rows")
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(ArtifactError, match=r"Input/output error\. Restore"):
+        store.verify(digest)
 
 
 def test_a_writer_may_replace_its_file(store: ArtifactStore) -> None:
