@@ -1,5 +1,6 @@
 """Lineages: a subject paired with its aligned and base models, and the working checkpoint that patches write to."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -59,6 +60,7 @@ def create_lineage(
         RecordExistsError: the name is taken.
         MismatchError: the models differ in architecture, shapes or tokenizer.
         WeightsChangedError: a model's files are not what was registered.
+        InputError: a model or another lineage has the place of the working checkpoint, or a part of it.
         SpaceError: the working checkpoint does not fit on the disk or cannot be written.
     """
     require_name("lineage", name)
@@ -83,7 +85,9 @@ def create_lineage(
             require_pair(sources["subject"], sources[role])
         target = (working or workspace.directory / "lineages" / name).expanduser().resolve()
         chosen = working is not None
-        if chosen or _owner(workspace, target):
+        with workspace.registry.read() as session:
+            _require_apart(session, target)
+        if chosen:
             require_unused(target)
         copied: dict[str, FileState] = {}
 
@@ -126,6 +130,7 @@ def create_lineage(
             )
             with workspace.registry.write() as session:
                 queries.require_absent(session, Lineage, name)
+                _require_apart(session, target)
                 session.add(lineage)
                 session.flush()
                 if not chosen:
@@ -150,11 +155,28 @@ def create_lineage(
                 return lineage_summary(session, lineage)
 
 
-def _owner(workspace: Workspace, directory: Path) -> str | None:
-    """Name of the lineage whose working checkpoint a directory is."""
-    with workspace.registry.read() as session:
-        owners = [record.name for record in queries.list_lineages(session) if record.working_path == str(directory)]
-    return owners[0] if owners else None
+def _require_apart(session: Session, target: Path) -> None:
+    """Refuse a place that a model or another lineage has, or that lies in theirs, or theirs in it.
+
+    Raises:
+        InputError: it is such a place.
+    """
+    taken = [(f"lineage {record.name}", record.working_path) for record in queries.list_lineages(session)]
+    taken += [(f"model {record.name}", record.path) for record in queries.list_models(session)]
+    for owner, path in taken:
+        directory = Path(os.path.realpath(path))
+        if directory.is_relative_to(target) or _lies_in(target, directory):
+            raise InputError(
+                f"the working checkpoint {target} and the directory {path} of {owner} would be in each other's way",
+                "name a directory outside of it with --working",
+            )
+
+
+def _lies_in(target: Path, directory: Path) -> bool:
+    """Whether a directory is part of another: a hidden one, such as that of a registry in a model's, is not."""
+    return target.is_relative_to(directory) and not any(
+        part.startswith(".") for part in target.relative_to(directory).parts
+    )
 
 
 def _never_rewritten(subject: CheckpointWeights | AdapterWeights) -> set[str]:

@@ -15,6 +15,7 @@ from governance import patch_transactions
 from governance.errors import WeightsChangedError
 from governance.lineage_state import recorded_state
 from governance.patch_artifact import Side
+from governance.working_checkpoint import remove_abandoned_copies
 from governance.working_files import Change, FilesAfter, LineageFiles, bring_to, finish_change
 from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
@@ -83,6 +84,7 @@ def recover_what_can_be(workspace: Workspace, *, foreign: bool = False) -> Recov
         if action is not None:
             actions.append(action)
     workspace.store.remove_abandoned()
+    remove_abandoned_copies(workspace.directory / "lineages")
     completed = workspace.registry.complete_heads()
     return Recovery(tuple(actions), tuple(failures), completed)
 

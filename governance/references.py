@@ -116,7 +116,7 @@ def reference_files(
         return
     scratch = workspace.directory / "scratch"
     _discard_abandoned(scratch)
-    own = scratch / _mark(this_process())
+    own = scratch / this_process().name
     require_space(workspace.directory, _file_bytes(lineage.aligned.path))
     try:
         path = _write(workspace, lineage.aligned, lineage.base, settings, own / "reference")
@@ -201,13 +201,9 @@ def _file_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
-def _mark(owner: Owner) -> str:
-    return f"{owner.started}.{owner.pid}.{owner.host}"
-
-
 def _discard_abandoned(scratch: Path) -> None:
     """Remove what processes that are no more have left."""
     for place in scratch.glob("*.*.*"):
-        started, pid, host = place.name.split(".", 2)
-        if started.isdigit() and pid.isdigit() and Owner(host, int(pid), int(started)).liveness == "dead":
+        owner = Owner.named(place.name)
+        if owner is not None and owner.liveness == "dead":
             shutil.rmtree(place, ignore_errors=True)

@@ -4,6 +4,7 @@ No file that a patch can rewrite is shared with any other path: it is a reflink 
 else a copy. Weight files without a single row that a patch can reach are hard links where the disk is the same; a
 symbolic link, such as those of a Hugging Face cache, is followed and replaced by a copy of what it points to. The copy
 is made under another name and renamed when it is whole, so a kill leaves nothing that looks like a working checkpoint.
+That name tells the process that makes it, so that what a kill left can be removed.
 """
 
 import errno
@@ -20,8 +21,10 @@ from pathlib import Path
 from algorithms.buffers import BUFFER_BYTES, borrowed
 from algorithms.parallel import trailing
 from governance.errors import SpaceError
-from registry.files import sync_directory, write_all
+from registry.files import make_directory, sync_directory, write_all
+from registry.processes import Owner, this_process
 
+_MAKING = ".making"
 _MARGIN = 16 * 2**20
 _COPIED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx", ".gguf")
 """Weights in other formats: never opened, and left behind, since a patch would not reach them."""
@@ -46,12 +49,14 @@ def copied_checkpoint(
     Raises:
         SpaceError: the copy cannot be written, or does not fit on its disk.
     """
+    remove_abandoned_copies(target.parent)
     files = copied_files(source)
     linked = {path for path in files if path.parent == source and path.name in never_rewritten}
     require_space(target, sum(path.stat().st_size for path in files if path not in linked))
-    making = target.with_name(f".{target.name}.{secrets.token_hex(8)}.making")
+    making = target.with_name(f".{this_process().name}.{secrets.token_hex(8)}{_MAKING}")
     try:
         with disk_errors(target):
+            make_directory(target.parent)
 
             def copies() -> Iterator[str]:
                 for path in files:
@@ -69,6 +74,14 @@ def copied_checkpoint(
         yield making
     finally:
         discard_working_checkpoint(making)
+
+
+def remove_abandoned_copies(directory: Path) -> None:
+    """Remove the unfinished copies in a directory whose processes are surely gone."""
+    for copy in directory.glob(f".*{_MAKING}"):
+        owner = Owner.named(copy.name.removeprefix(".").removesuffix(_MAKING).rpartition(".")[0])
+        if owner is not None and owner.liveness == "dead":
+            shutil.rmtree(copy, ignore_errors=True)
 
 
 def copied_files(source: Path) -> list[Path]:

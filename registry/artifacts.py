@@ -1,19 +1,23 @@
 """The content-addressed store: prompt sets, identifications and patches, each a file named by its SHA-256.
 
 A file is written under a temporary name, flushed, and then renamed, so a digest names the whole content or nothing.
+What is kept nobody may write to and whoever the umask lets may read, since another user of the registry may revert.
 """
 
+import errno
 import hashlib
 import os
 import re
 import secrets
+import shlex
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from registry.errors import ArtifactError, ArtifactStoreError
-from registry.files import create_file, sync_directory
+from registry.files import create_file, make_directory, masked, sync_directory
 from registry.processes import Owner, this_process
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -35,11 +39,9 @@ class ArtifactStore:
         Raises:
             ArtifactStoreError: the store cannot be written.
         """
-        owner = this_process()
-        name = f"{owner.host}.{owner.pid}.{owner.started}.{secrets.token_hex(16)}{_TEMPORARY}"
-        temporary = self.directory / name
+        temporary = self.directory / f"{this_process().name}.{secrets.token_hex(16)}{_TEMPORARY}"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory)
         except OSError as error:
             raise self._not_writable(error) from error
         try:
@@ -60,7 +62,7 @@ class ArtifactStore:
             digest = _digest(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o400)
+            temporary.chmod(masked(0o444))
         except OSError as error:
             raise self._not_writable(error) from error
         return digest
@@ -75,9 +77,8 @@ class ArtifactStore:
         """
         target = self._target(digest)
         try:
-            if not target.parent.is_dir():
-                target.parent.mkdir(exist_ok=True)
-                sync_directory(self.directory)
+            target.parent.mkdir(exist_ok=True)
+            sync_directory(self.directory)  # another process may have made it and not be that far yet
             temporary.replace(target)
             sync_directory(target.parent)
         except OSError as error:
@@ -110,10 +111,16 @@ class ArtifactStore:
         """Where the artifact lies.
 
         Raises:
-            ArtifactError: not a digest, or no such artifact.
+            ArtifactError: not a digest, no such artifact, or its directory is not this user's to look into.
         """
         target = self._target(digest)
-        if not target.is_file():
+        try:
+            there = stat.S_ISREG(target.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            there = False
+        except OSError as error:
+            raise self._not_readable(digest, error) from error
+        if not there:
             raise ArtifactError(
                 f"the artifact {digest} is not in {self.directory}", "Restore the artifact store from a backup"
             )
@@ -168,12 +175,12 @@ class ArtifactStore:
         return tuple(sorted(self.directory.glob(f"*{_TEMPORARY}")))
 
     def remove_abandoned(self) -> tuple[Path, ...]:
-        """Remove the temporary files of processes of this host that are gone, and return them.
+        """Remove the temporary files of processes that are surely gone, and return them.
 
         Raises:
             ArtifactStoreError: one cannot be removed.
         """
-        abandoned = tuple(path for path in self.leftovers() if _writer(path).liveness == "dead")
+        abandoned = tuple(path for path in self.leftovers() if _is_abandoned(path))
         try:
             for path in abandoned:
                 path.unlink(missing_ok=True)
@@ -192,11 +199,11 @@ class ArtifactStore:
             "Free space, or give yourself write permission",
         )
 
-    @staticmethod
-    def _not_readable(digest: str, error: OSError) -> ArtifactError:
-        return ArtifactError(
-            f"the artifact {digest} cannot be read: {error.strerror}", "Restore the artifact store from a backup"
-        )
+    def _not_readable(self, digest: str, error: OSError) -> ArtifactError:
+        mend = "Restore the artifact store from a backup"
+        if error.errno in {errno.EACCES, errno.EPERM}:
+            mend = f"Let its owner give you read permission, as with chmod -R g+rX {shlex.quote(str(self.directory))}"
+        return ArtifactError(f"the artifact {digest} cannot be read: {error.strerror}", mend)
 
     @staticmethod
     def _changed(digest: str, found: str) -> ArtifactError:
@@ -206,14 +213,9 @@ class ArtifactStore:
         )
 
 
-def _writer(temporary: Path) -> Owner:
-    """The process that a temporary file is named after; a name in another form is nobody's."""
-    parts = temporary.name.removesuffix(_TEMPORARY).rsplit(".", 3)
-    try:
-        host, pid, started, _ = parts
-        return Owner(host, int(pid), int(started))
-    except ValueError:
-        return Owner("", 0, 0)
+def _is_abandoned(temporary: Path) -> bool:
+    writer = Owner.named(temporary.name.removesuffix(_TEMPORARY).rpartition(".")[0])
+    return writer is not None and writer.liveness == "dead"
 
 
 def _digest(path: Path) -> str:

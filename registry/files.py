@@ -2,6 +2,9 @@
 
 import os
 from pathlib import Path
+from threading import Lock
+
+_UMASK_LOCK = Lock()
 
 
 def write_all(descriptor: int, content: bytes | memoryview) -> None:
@@ -51,6 +54,26 @@ def replace_file(path: Path, content: bytes, temporary: Path) -> None:
         temporary.chmod(path.stat().st_mode)
     temporary.replace(path)
     sync_directory(path.parent)
+
+
+def masked(mode: int) -> int:
+    """A mode without what the process's umask takes away."""
+    with _UMASK_LOCK:  # it can only be read by setting it; what others make meanwhile is too private, not too open
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return mode & ~mask
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory with its parents, where they are not there yet, and flush the names of those that it made.
+
+    Raises:
+        OSError: one cannot be made.
+    """
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

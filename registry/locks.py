@@ -1,10 +1,10 @@
 """Who is writing to a lineage's working checkpoint.
 
-A lock is a row: the host, the process with the moment it began, and a token. It is taken in the transaction that
+A lock is a row: the place, the process with the moment it began, and a token. It is taken in the transaction that
 records the intent and given back in the one that records the result, so there is one exactly while a patch is being
 applied or reverted. Of a process that is gone the lock is reclaimed; of one that lives it is named. A process's number
-is used again in time, hence the moment it began. Of another host nothing can be known from here: its locks are taken
-over only when a person says so.
+is used again in time, hence the moment it began. Of another host, or of a container, nothing can be known from here:
+its locks are taken over only when a person says so. See `registry.processes`.
 """
 
 import secrets
@@ -41,7 +41,7 @@ def holder(session: Session, lineage_id: int) -> LineageLock | None:
 
 def liveness(lock: LineageLock) -> Liveness:
     """Whether the work that a lock stands for goes on."""
-    owner = Owner(lock.host, lock.pid, lock.process_started)
+    owner = _owner(lock)
     if owner.is_this_process:
         return "alive" if lock.token in _AT_WORK else "dead"
     return owner.liveness
@@ -72,10 +72,10 @@ def take_over(
         purpose: what for, as errors name it.
         actor: who acts.
         now: when.
-        foreign: also take it from another host, of which nothing is known.
+        foreign: also take it from another host or container, of which nothing is known.
 
     Raises:
-        LockedError: its owner lives, or is of another host.
+        LockedError: its owner lives, or nothing is known of it.
     """
     held = _locked_holder(session, lineage.id)
     if held is not None:
@@ -109,15 +109,16 @@ def release(session: Session, lineage_id: int, token: str) -> None:
 
 def locked_error(lineage: str, lock: LineageLock) -> LockedError:
     """The error that names who holds a lock and what can be done."""
+    host = _owner(lock).host
     mends = {
         "alive": "Wait until it is done",
         "dead": "Run `neuronledger recover`",
-        "unknown": f"Wait until it is done; if nothing runs on {lock.host}, run `neuronledger recover --take-over`",
+        "unknown": f"Wait until it is done; if nothing runs on {host} or in a container there, run "
+        "`neuronledger recover --take-over`",
     }
     since = f"{lock.acquired_at:%Y-%m-%d %H:%M:%S} UTC"
     return LockedError(
-        f"lineage {lineage} is held by process {lock.pid} on {lock.host} "
-        f"({lock.purpose} by {lock.actor}, since {since})",
+        f"lineage {lineage} is held by process {lock.pid} on {host} ({lock.purpose} by {lock.actor}, since {since})",
         mends[liveness(lock)],
     )
 
@@ -128,12 +129,16 @@ def _locked_holder(session: Session, lineage_id: int) -> LineageLock | None:
     return session.get(LineageLock, lineage_id, populate_existing=True)
 
 
+def _owner(lock: LineageLock) -> Owner:
+    return Owner(lock.host, lock.pid, lock.process_started)
+
+
 def _lock(lineage_id: int, token: str, purpose: str, actor: str, now: datetime) -> LineageLock:
     owner = this_process()
     return LineageLock(
         lineage_id=lineage_id,
         purpose=purpose,
-        host=owner.host,
+        host=owner.place,
         pid=owner.pid,
         process_started=owner.started,
         token=token,

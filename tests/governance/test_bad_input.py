@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -21,7 +20,7 @@ from algorithms.checkpoints import Checkpoint
 from cli import main
 from governance.patching import apply_patch
 from registry.database import Registry
-from registry.processes import Owner, this_process
+from registry.processes import Owner, process_with
 from tests.governance.conftest import Trios
 from tests.governance.faults import Fault, flip_byte, struck_by
 from tests.governance.scenarios import BENIGN, HARMFUL, Scenario, digests
@@ -424,10 +423,12 @@ def test_recover_tells_what_it_did(place: Place) -> None:
 def test_a_lineage_that_another_process_writes_to_is_busy(place: Place, host: str | None, mend: str) -> None:
     _interrupt(place)
     with subprocess.Popen(["sleep", "60"]) as other:
-        owner = Owner(host or this_process().host, other.pid, int(psutil.Process(other.pid).create_time()))
+        process = process_with(other.pid)
+        assert process is not None
+        owner = Owner(host or process.place, other.pid, process.started)
         with place.scenario.workspace.registry.write() as session:
             session.execute(
-                text("UPDATE lineage_locks SET host = :host, pid = :pid, process_started = :started"), vars(owner)
+                text("UPDATE lineage_locks SET host = :place, pid = :pid, process_started = :started"), vars(owner)
             )
         for command in (["patch", "apply", "line", "weapons"], ["patch", "revert", "line"], ["recover"]):
             _require_one_line(_run(place, command), 3, f"held by process {other.pid} on {owner.host}", mend)

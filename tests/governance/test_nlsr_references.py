@@ -226,8 +226,8 @@ def test_without_a_safe_answer_nothing_is_identified(unanswered: Scenario) -> No
 def test_what_a_killed_pass_left_goes_with_the_next_one(scenario: Scenario) -> None:
     scratch = scenario.workspace.directory / "scratch"
     mine = this_process()
-    dead, elsewhere = Owner(mine.host, 2**22 + 1, 1), Owner("another-host", 1, 1)
-    places = {owner: scratch / f"{owner.started}.{owner.pid}.{owner.host}" for owner in (dead, elsewhere)}
+    dead, elsewhere = Owner(mine.place, 2**22 + 1, 1), Owner("another.host+-+-+-", 1, 1)
+    places = {owner: scratch / owner.name for owner in (dead, elsewhere)}
     for place in places.values():
         (place / "reference").mkdir(parents=True)
     scenario.identify("animals", method="nlsr")

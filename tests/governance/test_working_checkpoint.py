@@ -4,6 +4,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,16 @@ from algorithms.digests import digest_weight_file
 from algorithms.errors import CheckpointError
 from governance import catalogue, lineages
 from governance.catalogue import register_model
-from governance.errors import SpaceError, WeightsChangedError
+from governance.errors import InputError, SpaceError, WeightsChangedError
 from governance.hashing import HashJournal, hash_files
 from governance.lineages import LineageSummary, create_lineage
+from governance.recovery import recover
 from governance.workspace import Workspace
 from registry import queries
+from registry.database import Registry
+from registry.processes import Owner, this_process
 from tests.governance.conftest import Trios
+from tests.governance.faults import Fault, killed
 from tests.governance.scenarios import Trio, digests
 from tests.tiny_models import save_model, save_variant
 
@@ -97,12 +102,128 @@ def test_what_a_killed_creation_left_gives_way(workspace: Workspace, trios: Trio
     assert digests(working) == digests(trios().subject)
 
 
-def test_the_checkpoint_of_another_lineage_never_gives_way(workspace: Workspace, trios: Trios) -> None:
-    first = Path(_create(workspace, trios()).working_path)
+@pytest.fixture
+def url(apart: Trio, tmp_path: Path) -> str:
+    """A registry that holds the models and to which no connection is open."""
+    url = f"sqlite:///{tmp_path / 'registry' / 'registry.db'}"
+    with Registry.open(url, create=True) as registry:
+        for role in ("base", "aligned", "subject"):
+            register_model(Workspace(registry, "tester"), role, getattr(apart, role), role)  # type: ignore[arg-type]
+    return url
+
+
+def _created(url: str, apart: Trio, working: Path | None = None) -> LineageSummary:
+    with Registry.open(url) as registry:
+        return _create(Workspace(registry, "tester"), apart, working=working)
+
+
+@pytest.mark.parametrize("command", ["recover", "lineage create"])
+def test_the_copy_that_a_killed_creation_left_is_removed(url: str, apart: Trio, tmp_path: Path, command: str) -> None:
+    places = tmp_path / "registry" / "lineages"
+    assert killed(Fault(places, "fsync", 3, "kill"), lambda: _created(url, apart))
+    assert len(list(places.iterdir())) == 1
+    if command == "recover":
+        with Registry.open(url) as registry:
+            recover(Workspace(registry, "tester"))
+        assert list(places.iterdir()) == []
+    else:
+        _created(url, apart)
+        assert list(places.iterdir()) == [places / "line"]
+
+
+def test_the_next_creation_beside_a_chosen_place_removes_what_a_killed_one_left_there(
+    url: str, apart: Trio, tmp_path: Path
+) -> None:
+    chosen = tmp_path / "chosen" / "place"
+    assert killed(Fault(chosen.parent, "fsync", 3, "kill"), lambda: _created(url, apart, chosen))
+    assert len(list(chosen.parent.iterdir())) == 1
+    _created(url, apart, chosen.with_name("another"))
+    assert list(chosen.parent.iterdir()) == [chosen.with_name("another")]
+
+
+def test_a_copy_that_somebody_may_still_make_is_left(workspace: Workspace, trios: Trios) -> None:
+    mine = this_process()
+    owners = (mine, Owner("another.host+-+-+-", 7, 1), Owner(mine.host, 2**22 + 1, 1))
+    places = workspace.directory / "lineages"
+    left = {places / f".{name}.0f0f.making" for name in (*(owner.name for owner in owners), "line")}
+    for path in left:
+        path.mkdir(parents=True)
+    _create(workspace, trios())
+    recover(workspace)
+    assert set(places.iterdir()) == {places / "line", *left}
+
+
+@pytest.mark.parametrize("working", [None, "outer/inner/line"])
+def test_a_power_cut_after_the_record_takes_no_directory(
+    url: str, apart: Trio, tmp_path: Path, working: str | None
+) -> None:
+    chosen = tmp_path / working if working else None
+    assert killed(Fault(tmp_path, "committed", 1, "power cut"), lambda: _created(url, apart, chosen))
+    with Registry.open(url) as registry:
+        (line,) = lineages.list_lineages(Workspace(registry, "tester"))
+    assert digests(Path(line.working_path)) == digests(apart.subject)
+
+
+@pytest.mark.parametrize("part", [".", "..", "deep/inside"])
+def test_the_checkpoint_of_another_lineage_never_gives_way(
+    workspace: Workspace, trios: Trios, tmp_path: Path, part: str
+) -> None:
+    first = Path(_create(workspace, trios(), working=tmp_path / "outer" / "inner").working_path)
     before = digests(first)
-    with pytest.raises(SpaceError, match="exists and is not empty"):
-        _create(workspace, trios(), "other", working=first)
+    with pytest.raises(InputError, match=f"{first} of lineage line .* --working"):
+        _create(workspace, trios(), "other", working=first / part)
     assert digests(first) == before
+    assert not (first / "deep").exists()
+
+
+def test_a_checkpoint_in_the_default_place_of_another_lineage_never_gives_way(
+    workspace: Workspace, trios: Trios
+) -> None:
+    """What lies in a default place is removed, if no lineage owns it."""
+    inside = workspace.directory / "lineages" / "other" / "v2"
+    _create(workspace, trios(), working=inside)
+    before = digests(inside)
+    with pytest.raises(InputError, match=f"{inside} of lineage line"):
+        _create(workspace, trios(), "other")
+    assert digests(inside) == before
+
+
+def test_a_place_that_is_taken_during_the_copy_does_not_give_way(
+    workspace: Workspace, trios: Trios, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed = lineages._followed
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.setattr(lineages, "_followed", followed)
+        _create(workspace, trios(), "overtaking", working=workspace.directory / "lineages" / "line" / "v2")
+        return followed(*arguments)
+
+    monkeypatch.setattr(lineages, "_followed", overtaken)
+    with pytest.raises(InputError, match="of lineage overtaking"):
+        _create(workspace, trios())
+    assert digests(workspace.directory / "lineages" / "line" / "v2") == digests(trios().subject)
+
+
+@pytest.mark.parametrize("part", [".", "..", "inside"])
+def test_a_checkpoint_and_a_model_are_apart(workspace: Workspace, apart: Trio, part: str) -> None:
+    before = {path: digests(path) for path in (apart.subject, apart.aligned, apart.base)}
+    with pytest.raises(InputError, match=f"{apart.subject.parent}/.* of model .* --working"):
+        _create(workspace, apart, working=apart.subject / part)
+    assert {path: digests(path) for path in before} == before
+
+
+def test_a_place_is_taken_under_each_of_its_names(workspace: Workspace, trios: Trios, tmp_path: Path) -> None:
+    first = Path(_create(workspace, trios(), working=tmp_path / "first").working_path)
+    first.rename(tmp_path / "moved")
+    first.symlink_to(tmp_path / "moved")
+    with pytest.raises(InputError, match="of lineage line"):
+        _create(workspace, trios(), "other", working=tmp_path / "moved" / "inside")
+
+
+def test_a_registry_may_lie_in_a_model(apart: Trio) -> None:
+    with Registry.open(f"sqlite:///{apart.subject / '.neuronledger' / 'registry.db'}", create=True) as registry:
+        workspace = Workspace(registry=registry, actor="tester")
+        assert Path(_create(workspace, apart).working_path).is_relative_to(apart.subject)
 
 
 def test_a_chosen_directory_with_content_is_refused(workspace: Workspace, trios: Trios, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A digest names its whole content, or nothing; damage and absence are told."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -9,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from registry import artifacts, files
 from registry.artifacts import ArtifactStore
 from registry.errors import ArtifactError, ArtifactStoreError
+from registry.processes import Owner, this_process
 
 
 @pytest.fixture
@@ -37,14 +40,64 @@ def test_what_is_put_is_read(shared_store: ArtifactStore, content: bytes) -> Non
     assert shared_store.verify(digest).read_bytes() == content
 
 
-def test_a_written_file_is_kept_read_only(store: ArtifactStore) -> None:
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o444), (0o027, 0o440), (0o077, 0o400)])
+def test_a_written_file_is_kept_for_whom_the_umask_lets_read(store: ArtifactStore, umask: int, mode: int) -> None:
+    """Another user of the registry has to read what a patch of this one replaced, and nobody has to write it."""
     with store.writer() as path:
         path.write_bytes(b"rows")
-        digest = store.commit(path)
-    assert stat.S_IMODE(store.path(digest).stat().st_mode) == 0o400
+        before = os.umask(umask)
+        try:
+            digest = store.commit(path)
+        finally:
+            assert os.umask(before) == umask
+    assert stat.S_IMODE(store.path(digest).stat().st_mode) == mode
     assert store.list() == (digest,)
     assert store.leftovers() == ()
     assert store.contains(digest)
+
+
+def test_what_is_being_written_is_its_writer_s_alone(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[int] = []
+
+    def seal(_: ArtifactStore, temporary: Path) -> str:
+        modes.append(stat.S_IMODE(temporary.stat().st_mode))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ArtifactStore, "seal", seal)
+    with pytest.raises(ZeroDivisionError):
+        store.put_bytes(b"rows")
+    assert modes == [0o600]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM])
+@pytest.mark.parametrize("call", ["open", "stat"])
+def test_an_artifact_that_another_user_may_not_read_is_no_damage(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    digest = store.put_bytes(b"rows")
+
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, call, refuse)
+    for read in (store.verify, store.read_bytes):
+        with pytest.raises(
+            ArtifactError, match=rf"{digest} cannot be read.*read permission.*chmod .* {store.directory}"
+        ):
+            read(digest)
+
+
+def test_an_artifact_that_the_disk_does_not_give_is_to_be_restored(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = store.put_bytes(b"rows")
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(ArtifactError, match=r"Input/output error\. Restore"):
+        store.verify(digest)
 
 
 def test_a_writer_may_replace_its_file(store: ArtifactStore) -> None:
@@ -60,6 +113,21 @@ def test_a_writer_may_replace_its_file(store: ArtifactStore) -> None:
 def test_the_same_content_is_kept_once(store: ArtifactStore) -> None:
     assert store.put_bytes(b"rows") == store.put_bytes(b"rows")
     assert len(store.list()) == 1
+
+
+def test_every_directory_of_an_artifact_is_flushed_in_the_one_that_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is there already: another process may have made it just now."""
+    flushed: list[Path] = []
+    for module in (files, artifacts):
+        monkeypatch.setattr(module, "sync_directory", flushed.append)
+    store = ArtifactStore(tmp_path / "registry" / "artifacts")
+    place = store.directory / hashlib.sha256(b"rows").hexdigest()[:2]
+    store.put_bytes(b"rows")
+    assert flushed == [tmp_path, tmp_path / "registry", store.directory, place]
+    store.put_bytes(b"rows")
+    assert flushed[4:] == [store.directory, place]
 
 
 def test_a_writer_that_fails_leaves_nothing(store: ArtifactStore) -> None:
@@ -110,6 +178,18 @@ def test_a_killed_writer_leaves_no_artifact(store: ArtifactStore) -> None:
         os.link(path, kept)
     assert store.list() == ()
     assert store.leftovers() == (kept,)
+
+
+def test_only_what_is_surely_abandoned_is_removed(store: ArtifactStore) -> None:
+    mine = this_process()
+    dead, elsewhere = Owner(mine.place, 2**22 + 1, 1), Owner("another.host+-+-+-", 1, 1)
+    of_before = Owner(mine.host, 2**22 + 1, 1)
+    store.directory.mkdir()
+    left = {owner: store.directory / f"{owner.name}.0f0f.writing" for owner in (mine, dead, elsewhere, of_before)}
+    for path in left.values():
+        path.write_bytes(b"half")
+    assert store.remove_abandoned() == (left.pop(dead),)
+    assert set(store.leftovers()) == set(left.values())
 
 
 def test_a_store_that_cannot_be_made_is_named(tmp_path: Path) -> None:

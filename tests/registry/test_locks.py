@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from registry import locks
 from registry.database import Registry
 from registry.errors import LockedError, LockLostError
-from registry.processes import Owner, this_process
+from registry.processes import Owner, process_with, this_process
 from registry.schema import Lineage, LineageLock
 from tests.registry.records import add_lineage
 
@@ -31,7 +31,9 @@ def lineage(registry: Registry) -> int:
 def other() -> Iterator[Owner]:
     """A process that lives until the test ends."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        yield Owner(this_process().host, process.pid, int(psutil.Process(process.pid).create_time()))
+        owner = process_with(process.pid)
+        assert owner is not None
+        yield owner
         process.kill()
 
 
@@ -46,7 +48,7 @@ def _take_over(session: Session, lineage: int, token: str, **options: Any) -> No
 def _give_to(registry: Registry, lineage: int, owner: Owner) -> None:
     with registry.write() as session:
         lock = session.get_one(LineageLock, lineage)
-        lock.host, lock.pid, lock.process_started = owner.host, owner.pid, owner.started
+        lock.host, lock.pid, lock.process_started = owner.place, owner.pid, owner.started
 
 
 def test_a_lock_is_held_once_and_its_holder_is_named(registry: Registry, lineage: int) -> None:
@@ -56,7 +58,7 @@ def test_a_lock_is_held_once_and_its_holder_is_named(registry: Registry, lineage
         for act in (_acquire, _take_over):
             with pytest.raises(LockedError) as refusal, registry.write() as session:
                 act(session, lineage, second)
-            assert f"process {os.getpid()} on {this_process().host}" in str(refusal.value)
+            assert f"process {os.getpid()} on {this_process().host} (" in str(refusal.value)
             assert "patch apply by ada, since 2030-01-02 03:04:05 UTC" in str(refusal.value)
             assert refusal.value.exit_code == 3
         with registry.write() as session:
@@ -99,15 +101,32 @@ def test_a_living_process_keeps_its_lock_and_a_dead_one_loses_it(
 
 def test_a_number_that_is_used_again_is_another_process(other: Owner) -> None:
     assert other.liveness == "alive"
-    assert Owner(other.host, other.pid, other.started - 60).liveness == "dead"
+    assert Owner(other.place, other.pid, other.started - 60).liveness == "dead"
 
 
-def test_a_lock_of_another_host_is_taken_over_only_when_told_to(registry: Registry, lineage: int) -> None:
+@pytest.mark.parametrize("place", ["far.example", "far.example+-+-+-"])
+def test_a_lock_of_another_host_is_taken_over_only_when_told_to(registry: Registry, lineage: int, place: str) -> None:
     with locks.at_work() as token:
         with registry.write() as session:
             _acquire(session, lineage, token)
-        _give_to(registry, lineage, Owner("far.example", 7, 1))
-        with pytest.raises(LockedError, match=r"far\.example.*--take-over"), registry.write() as session:
+        _give_to(registry, lineage, Owner(place, 7, 1))
+        with (
+            pytest.raises(LockedError, match=r"on far\.example \(.*on far\.example or .*--take-over"),
+            registry.write() as session,
+        ):
+            _take_over(session, lineage, token)
+        with registry.write() as session:
+            _take_over(session, lineage, token, foreign=True)
+
+
+def test_a_lock_from_before_places_were_recorded_is_taken_over_only_when_told_to(
+    registry: Registry, lineage: int, other: Owner
+) -> None:
+    with locks.at_work() as token:
+        with registry.write() as session:
+            _acquire(session, lineage, token)
+        _give_to(registry, lineage, Owner(other.host, 2**22 + 1, 1))
+        with pytest.raises(LockedError, match="--take-over"), registry.write() as session:
             _take_over(session, lineage, token)
         with registry.write() as session:
             _take_over(session, lineage, token, foreign=True)
