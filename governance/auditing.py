@@ -32,11 +32,11 @@ from governance.weight_state import changed_file, changed_files, changed_in
 from governance.working_files import measure_working
 from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
-from registry import claims, ledger, queries
-from registry.errors import ArtifactError
+from registry import claims, ledger, locks, queries
+from registry.errors import ArtifactError, LockedError, RegistryBusyError
 from registry.record_digests import records_of_lineage
 from registry.record_forms import Word
-from registry.schema import Identification, Lineage, Model, Patch, PromptSet, TrainedJudge
+from registry.schema import Identification, Lineage, LineageLock, Model, Patch, PromptSet, TrainedJudge
 from registry.signatures import SignedBy
 
 Chosen = TypeVar("Chosen", Lineage, Model, Patch, Identification, PromptSet, TrainedJudge)
@@ -91,10 +91,13 @@ def verify(
 
     Raises:
         RecordNotFoundError: no lineage of that name.
+        LockedError: nothing was found, but a process, which is named, is writing a patch to a lineage.
+        RegistryBusyError: a patch was begun or finished while its lineage was checked.
         RegistryError: there are timestamps to be checked, and the extra is not installed.
     """
     findings: list[Finding] = []
     checked: dict[str, int] = {}
+    held: list[LockedError] = []
     tokens = kept_tokens(workspace.registry)  # first: what they are of is in the ledger that is read then
     with workspace.registry.read_with_heads() as (session, heads):
         events = list(ledger.events(session))
@@ -106,12 +109,14 @@ def verify(
         findings += _of_records(records.disagreements)
         checked |= records.compared
         if records.readable:
-            findings += _check_content(workspace, session, events, chosen, checked, weights=weights)
-    not_checked = (*_not_checked(records, weights=weights), *proof.not_checked)
+            findings += _check_content(workspace, session, events, chosen, checked, held, weights=weights)
+    if held and not findings:
+        raise held[0]
+    not_checked = (*_not_checked(records, held, weights=weights), *proof.not_checked)
     return Verification(checked, not_checked, tuple(findings), proof.signed_by, proof.unsigned_from, proof.timestamps)
 
 
-def _not_checked(records: RecordCheck, *, weights: bool) -> Iterator[str]:
+def _not_checked(records: RecordCheck, held: Iterable[LockedError], *, weights: bool) -> Iterator[str]:
     if records.without_digest:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in records.without_digest.items())
         yield f"every column of {counts}, recorded before the ledger held digests of records"
@@ -119,6 +124,8 @@ def _not_checked(records: RecordCheck, *, weights: bool) -> Iterator[str]:
         yield "artifacts, claims, models and weights, since there are records that cannot be read"
     elif not weights:
         yield "file contents whose size and time are as recorded (pass --weights)"
+    for error in held:
+        yield f"claims and weights that are being written: {error.problem}"
 
 
 def _of_records(disagreements: Iterable[Disagreement]) -> Iterator[Finding]:
@@ -131,17 +138,30 @@ def _check_content(
     events: list[ledger.Event],
     chosen: Mapping[Word, Collection[int]] | None,
     checked: dict[str, int],
+    held: list[LockedError],
     *,
     weights: bool,
 ) -> Iterator[Finding]:
-    """What the records speak of: artifacts, claims, working checkpoints and the models' files."""
+    """What the records speak of: artifacts, claims, working checkpoints and the models' files.
+
+    The locks of processes that are at work are added to `held`; claims and weights of their lineages are not checked.
+    """
     yield from _check_artifacts(workspace, session, chosen, checked)
     for lineage in _records(session, Lineage, "lineage", chosen):
-        yield from _check_claims(workspace, session, lineage, checked)
         yield from _of_records(check_states(session, lineage, events))
-        yield from _check_working(lineage, checked, weights=weights)
-        if weights:
-            yield from _check_actions(workspace, session, lineage, checked)
+        lock = locks.holder(session, lineage.id)
+        unfinished = queries.unfinished_patches(session, lineage.id)
+        yield from _unfinished(unfinished, lock)
+        if lock is None or not unfinished:
+            yield from _check_claims(workspace, session, lineage, checked)
+            differing = list(_check_weights(workspace, session, lineage, checked, weights=weights))
+            if differing:
+                _require_same(workspace, session, lineage)
+            yield from differing
+        elif locks.liveness(lock) == "dead":
+            _require_same(workspace, session, lineage)
+        else:
+            held.append(locks.locked_error(lineage.name, lock))
     models = _records(session, Model, "model", chosen)
     changed = changed_in([(Path(model.path), model.files) for model in models], always_hash=weights)
     for model, problems in zip(models, changed, strict=True):
@@ -261,6 +281,42 @@ def _check_actions(
         yield Finding("directions", f"patch {sequence} of {lineage.name}", problem)
     label = "actions on protected directions"
     checked[label] = checked.get(label, 0) + actions.directions
+
+
+def _unfinished(patches: Iterable[Patch], lock: LineageLock | None) -> Iterator[Finding]:
+    """Patches that nobody is writing and that are neither applied nor reverted."""
+    for patch in patches:
+        if lock is None:
+            problem = f"is {patch.state}, though no process holds its lineage: its state was changed by something else"
+        elif locks.liveness(lock) == "dead":
+            problem = f"is {patch.state}: it was interrupted; run neuronledger recover"
+        else:
+            continue
+        yield Finding("interrupted", f"lineage {patch.lineage.name}", f"patch {patch.sequence} {problem}")
+
+
+def _require_same(workspace: Workspace, session: Session, lineage: Lineage) -> None:
+    """Refuse to blame the files of a lineage that somebody patched after its records were read.
+
+    Raises:
+        RegistryBusyError: somebody did.
+    """
+    with workspace.registry.read() as now:
+        if _moment(now, lineage.id) != _moment(session, lineage.id):
+            raise RegistryBusyError(f"lineage {lineage.name} changed while it was checked", "try again")
+
+
+def _moment(session: Session, lineage_id: int) -> tuple[str, list[tuple[int, str]]]:
+    unfinished = queries.unfinished_patches(session, lineage_id)
+    return session.get_one(Lineage, lineage_id).state_digest, [(patch.id, patch.state) for patch in unfinished]
+
+
+def _check_weights(
+    workspace: Workspace, session: Session, lineage: Lineage, checked: dict[str, int], *, weights: bool
+) -> Iterator[Finding]:
+    yield from _check_working(lineage, checked, weights=weights)
+    if weights:
+        yield from _check_actions(workspace, session, lineage, checked)
 
 
 def _check_working(lineage: Lineage, checked: dict[str, int], *, weights: bool) -> Iterator[Finding]:
