@@ -85,7 +85,7 @@ def verify(
 
     Args:
         workspace: the registry.
-        weights: hash every file of models and working checkpoints, and every tensor of the latter.
+        weights: hash every weight file of models and working checkpoints, and every tensor of the latter.
         lineage: check the records of this lineage only; the ledger is always checked whole.
         evidence: keys that may sign heads, copies that were kept elsewhere, and the like.
 
@@ -124,6 +124,8 @@ def _not_checked(records: RecordCheck, held: Iterable[LockedError], *, weights: 
         yield "artifacts, claims, models and weights, since there are records that cannot be read"
     elif not weights:
         yield "file contents whose size and time are as recorded (pass --weights)"
+    if records.readable:
+        yield "files that hold no weights, such as config.json and the tokenizer (audit explain compares them)"
     for error in held:
         yield f"claims and weights that are being written: {error.problem}"
 

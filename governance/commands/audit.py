@@ -41,7 +41,9 @@ for question in QUESTIONS:
 
 
 @audit.command("verify", short_help="Check ledger, heads, records, artifacts, claims, files.")
-@click.option("--weights", is_flag=True, help="Hash every file of models and working checkpoints, and every tensor.")
+@click.option(
+    "--weights", is_flag=True, help="Hash every weight file of models and working checkpoints, and every tensor."
+)
 @click.option(
     "--lineage", metavar="NAME", help="Records and weights of this lineage only; the ledger is checked whole."
 )
