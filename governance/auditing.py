@@ -183,17 +183,22 @@ def _records(
 def _check_artifacts(
     workspace: Workspace, session: Session, chosen: Mapping[Word, Collection[int]] | None, checked: dict[str, int]
 ) -> list[Finding]:
-    wanted: dict[str, str] = {}
+    """Every artifact has its digest. One that is damaged is a finding for each record that rests on it."""
+    wanted: dict[str, list[str]] = {}
+
+    def want(digest: object, subject: str) -> None:
+        if digest and subject not in (subjects := wanted.setdefault(str(digest), [])):
+            subjects.append(subject)
+
     for patch in _records(session, Patch, "patch", chosen):
-        wanted[patch.artifact_digest or ""] = f"patch {patch.sequence} of {patch.lineage.name}"
+        want(patch.artifact_digest, f"patch {patch.sequence} of {patch.lineage.name}")
     for identification in _records(session, Identification, "identification", chosen):
         for digest in (identification.artifact_digest, identification.summary.get("answers")):
-            wanted[str(digest or "")] = f"identification {identification.id}"
+            want(digest, f"identification {identification.id}")
     for prompt_set in _records(session, PromptSet, "prompt set", chosen):
-        wanted.setdefault(prompt_set.digest, f"{prompt_set.purpose} prompts of {prompt_set.source}")
+        want(prompt_set.digest, f"{prompt_set.purpose} prompts of {prompt_set.source}")
     for judge in _records(session, TrainedJudge, "judge", chosen):
-        wanted[judge.artifact_digest] = f"judge {judge.name}"
-    wanted.pop("", None)
+        want(judge.artifact_digest, f"judge {judge.name}")
 
     def problem(digest: str) -> str | None:
         try:
@@ -204,7 +209,7 @@ def _check_artifacts(
 
     checked["artifacts"] = len(wanted)
     found = zip(wanted.values(), in_parallel(problem, wanted), strict=True)
-    return [Finding("artifact", subject, told) for subject, told in found if told is not None]
+    return [Finding("artifact", subject, told) for subjects, told in found if told is not None for subject in subjects]
 
 
 def _check_claims(

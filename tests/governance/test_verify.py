@@ -175,6 +175,17 @@ def test_a_changed_byte_of_an_artifact_is_found(patched: Scenario, sequence: int
     _require_found(patched, f"patch {sequence} of line", "was changed")
 
 
+def test_a_damaged_artifact_is_a_finding_for_everybody_who_rests_on_it(patched: Scenario) -> None:
+    """Two lineages of one subject, patched alike, have one artifact between them."""
+    create_lineage(patched.workspace, "twin", subject="subject", aligned="aligned", base="base")
+    Scenario(patched.workspace, patched.trio, "twin").apply("weapons")
+    assert Scenario(patched.workspace, patched.trio, "twin").artifact(1) == patched.artifact(1)
+    flip_byte(patched.artifact(1), 40)
+    findings = verify(patched.workspace).findings
+    assert {finding.subject for finding in findings} == {"patch 1 of line", "patch 1 of twin"}
+    _require_found(patched, "patch 1 of line", "patch 1 of twin")
+
+
 def test_a_missing_prompt_artifact_is_found(patched: Scenario) -> None:
     with patched.workspace.registry.read() as session:
         digest = session.scalar(text("SELECT digest FROM prompt_sets WHERE purpose = 'benign'"))
