@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from algorithms.errors import SettingsError
 
@@ -81,9 +83,30 @@ def settings_of(model: type[SettingsModel], values: Mapping[str, Any]) -> Settin
     try:
         return model.model_validate(dict(values))
     except ValidationError as invalid:
-        first = invalid.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise SettingsError(
-            f"setting {name}: {first['msg']} (got {first.get('input')!r})",
-            "Correct it; the reference page of the settings lists every field with its range",
-        ) from invalid
+        raise _told(model, invalid.errors()[0]) from invalid
+
+
+def _told(model: type[BaseModel], mistake: ErrorDetails) -> SettingsError:
+    """A mistake in one line, with how it is written rightly."""
+    name = ".".join(str(part) for part in mistake["loc"]) or "settings"
+    setting, given = name.partition(".")[0], mistake.get("input")
+    mend = "Correct it; the reference page of the settings lists every field with its range"
+    match mistake["type"]:
+        case "extra_forbidden":
+            near = get_close_matches(name, model.model_fields, n=3, cutoff=0.5)
+            return SettingsError(
+                f"setting {name}: there is no such setting",
+                f"Use {' or '.join(near)}" if near else "The reference page of the settings lists every one",
+            )
+        case "tuple_type":
+            entries = given.strip("[] ").split(",") if isinstance(given, str) else ["q_proj"]
+            written = ", ".join(f'"{entry.strip()}"' for entry in entries)
+            return SettingsError(
+                f"setting {name}: {given!r} is not a list", f"Write one, as in --set '{setting}=[{written}]'"
+            )
+        case "string_type":
+            written = f'"{given}"' if len(mistake["loc"]) == 1 else f'["{given}"]'
+            return SettingsError(
+                f"setting {name}: {given!r} is not a text", f"Write it in quotes, as in --set '{setting}={written}'"
+            )
+    return SettingsError(f"setting {name}: {mistake['msg']} (got {given!r})", mend)

@@ -144,7 +144,7 @@ class _StoredAnswers:
             location = location_of(model)
             under = model.base_model.state_digest if model.base_model else None
         tokenizer = load_tokenizer(location.path, location.base_path)
-        key = answer_state(state_digest, under)
+        key = answer_state(state_digest, under, location)
         found = stored_harmfulness(self._workspace, self._judge, self._what, tokenizer, key)
         first = measured.result["outcomes"]
         if {name: set(outcomes) for name, outcomes in first.items()} != {name: set(o) for name, o in found.items()}:

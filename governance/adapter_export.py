@@ -24,7 +24,7 @@ from algorithms.weights import AdapterWeights, CheckpointWeights
 from governance.adapter_files import rank_and_alpha
 from governance.catalogue import weights_of
 from governance.errors import InputError, PlanError, SpaceError
-from governance.output_files import publish, temporary_beside
+from governance.output_files import publish, require_elsewhere, temporary_beside
 from governance.patch_artifact import BLOCK_BYTES, ArtifactModule, PatchArtifact, open_artifact
 from governance.patch_export import exportable_patch, record_export
 from governance.patch_file import provenance_metadata
@@ -83,12 +83,13 @@ def export_adapter(
 
     Raises:
         PlanError: the patch was never applied, or changes nothing.
-        InputError: the directory holds something else.
+        InputError: the directory holds something else, or belongs to the registry or to a model.
         WeightsChangedError: the subject is not what was registered.
         SpaceError: a file cannot be written.
         NeuronLedgerError: as `export_patch`.
     """
     with workspace.attempt("patch.export", "lineage", lineage_name):
+        require_elsewhere(workspace, directory)
         _require_usable(directory, force=force)
         with workspace.registry.read() as session:
             patch = exportable_patch(workspace, session, lineage_name, sequence)

@@ -1,9 +1,9 @@
 """Answers of models and verdicts of judges, kept so that nothing is generated or judged twice.
 
 They lie in the directory `answers` beside the registry, readable by their owner only: one file of lines for each state
-of a model, and one for each judge. A line is appended and flushed as soon as a batch is done, so an evaluation that was
-killed goes on where it stopped; a line that was cut off is passed over. The files are a cache: no record needs them,
-and they may be removed at any time. Prompts do not stand in them, answers do.
+of a model, weights and configuration, and one for each judge. A line is appended and flushed as soon as a batch is
+done, so an evaluation that was killed goes on where it stopped; a line that was cut off is passed over. The files are a
+cache: no record needs them, and they may be removed at any time. Prompts do not stand in them, answers do.
 """
 
 import hashlib

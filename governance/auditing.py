@@ -32,11 +32,11 @@ from governance.weight_state import changed_file, changed_files, changed_in
 from governance.working_files import measure_working
 from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
-from registry import claims, ledger, queries
-from registry.errors import ArtifactError
+from registry import claims, ledger, locks, queries
+from registry.errors import ArtifactError, LockedError, RegistryBusyError
 from registry.record_digests import records_of_lineage
 from registry.record_forms import Word
-from registry.schema import Identification, Lineage, Model, Patch, PromptSet, TrainedJudge
+from registry.schema import Identification, Lineage, LineageLock, Model, Patch, PromptSet, TrainedJudge
 from registry.signatures import SignedBy
 
 Chosen = TypeVar("Chosen", Lineage, Model, Patch, Identification, PromptSet, TrainedJudge)
@@ -85,16 +85,19 @@ def verify(
 
     Args:
         workspace: the registry.
-        weights: hash every file of models and working checkpoints, and every tensor of the latter.
+        weights: hash every weight file of models and working checkpoints, and every tensor of the latter.
         lineage: check the records of this lineage only; the ledger is always checked whole.
         evidence: keys that may sign heads, copies that were kept elsewhere, and the like.
 
     Raises:
         RecordNotFoundError: no lineage of that name.
+        LockedError: nothing was found, but a process, which is named, is writing a patch to a lineage.
+        RegistryBusyError: a patch was begun or finished while its lineage was checked.
         RegistryError: there are timestamps to be checked, and the extra is not installed.
     """
     findings: list[Finding] = []
     checked: dict[str, int] = {}
+    held: list[LockedError] = []
     tokens = kept_tokens(workspace.registry)  # first: what they are of is in the ledger that is read then
     with workspace.registry.read_with_heads() as (session, heads):
         events = list(ledger.events(session))
@@ -106,12 +109,14 @@ def verify(
         findings += _of_records(records.disagreements)
         checked |= records.compared
         if records.readable:
-            findings += _check_content(workspace, session, events, chosen, checked, weights=weights)
-    not_checked = (*_not_checked(records, weights=weights), *proof.not_checked)
+            findings += _check_content(workspace, session, events, chosen, checked, held, weights=weights)
+    if held and not findings:
+        raise held[0]
+    not_checked = (*_not_checked(records, held, weights=weights), *proof.not_checked)
     return Verification(checked, not_checked, tuple(findings), proof.signed_by, proof.unsigned_from, proof.timestamps)
 
 
-def _not_checked(records: RecordCheck, *, weights: bool) -> Iterator[str]:
+def _not_checked(records: RecordCheck, held: Iterable[LockedError], *, weights: bool) -> Iterator[str]:
     if records.without_digest:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in records.without_digest.items())
         yield f"every column of {counts}, recorded before the ledger held digests of records"
@@ -119,6 +124,10 @@ def _not_checked(records: RecordCheck, *, weights: bool) -> Iterator[str]:
         yield "artifacts, claims, models and weights, since there are records that cannot be read"
     elif not weights:
         yield "file contents whose size and time are as recorded (pass --weights)"
+    if records.readable:
+        yield "files that hold no weights, such as config.json and the tokenizer (audit explain compares them)"
+    for error in held:
+        yield f"claims and weights that are being written: {error.problem}"
 
 
 def _of_records(disagreements: Iterable[Disagreement]) -> Iterator[Finding]:
@@ -131,17 +140,30 @@ def _check_content(
     events: list[ledger.Event],
     chosen: Mapping[Word, Collection[int]] | None,
     checked: dict[str, int],
+    held: list[LockedError],
     *,
     weights: bool,
 ) -> Iterator[Finding]:
-    """What the records speak of: artifacts, claims, working checkpoints and the models' files."""
+    """What the records speak of: artifacts, claims, working checkpoints and the models' files.
+
+    The locks of processes that are at work are added to `held`; claims and weights of their lineages are not checked.
+    """
     yield from _check_artifacts(workspace, session, chosen, checked)
     for lineage in _records(session, Lineage, "lineage", chosen):
-        yield from _check_claims(workspace, session, lineage, checked)
         yield from _of_records(check_states(session, lineage, events))
-        yield from _check_working(lineage, checked, weights=weights)
-        if weights:
-            yield from _check_actions(workspace, session, lineage, checked)
+        lock = locks.holder(session, lineage.id)
+        unfinished = queries.unfinished_patches(session, lineage.id)
+        yield from _unfinished(unfinished, lock)
+        if lock is None or not unfinished:
+            yield from _check_claims(workspace, session, lineage, checked)
+            differing = list(_check_weights(workspace, session, lineage, checked, weights=weights))
+            if differing:
+                _require_same(workspace, session, lineage)
+            yield from differing
+        elif locks.liveness(lock) == "dead":
+            _require_same(workspace, session, lineage)
+        else:
+            held.append(locks.locked_error(lineage.name, lock))
     models = _records(session, Model, "model", chosen)
     changed = changed_in([(Path(model.path), model.files) for model in models], always_hash=weights)
     for model, problems in zip(models, changed, strict=True):
@@ -161,17 +183,22 @@ def _records(
 def _check_artifacts(
     workspace: Workspace, session: Session, chosen: Mapping[Word, Collection[int]] | None, checked: dict[str, int]
 ) -> list[Finding]:
-    wanted: dict[str, str] = {}
+    """Every artifact has its digest. One that is damaged is a finding for each record that rests on it."""
+    wanted: dict[str, list[str]] = {}
+
+    def want(digest: object, subject: str) -> None:
+        if digest and subject not in (subjects := wanted.setdefault(str(digest), [])):
+            subjects.append(subject)
+
     for patch in _records(session, Patch, "patch", chosen):
-        wanted[patch.artifact_digest or ""] = f"patch {patch.sequence} of {patch.lineage.name}"
+        want(patch.artifact_digest, f"patch {patch.sequence} of {patch.lineage.name}")
     for identification in _records(session, Identification, "identification", chosen):
         for digest in (identification.artifact_digest, identification.summary.get("answers")):
-            wanted[str(digest or "")] = f"identification {identification.id}"
+            want(digest, f"identification {identification.id}")
     for prompt_set in _records(session, PromptSet, "prompt set", chosen):
-        wanted.setdefault(prompt_set.digest, f"{prompt_set.purpose} prompts of {prompt_set.source}")
+        want(prompt_set.digest, f"{prompt_set.purpose} prompts of {prompt_set.source}")
     for judge in _records(session, TrainedJudge, "judge", chosen):
-        wanted[judge.artifact_digest] = f"judge {judge.name}"
-    wanted.pop("", None)
+        want(judge.artifact_digest, f"judge {judge.name}")
 
     def problem(digest: str) -> str | None:
         try:
@@ -182,7 +209,7 @@ def _check_artifacts(
 
     checked["artifacts"] = len(wanted)
     found = zip(wanted.values(), in_parallel(problem, wanted), strict=True)
-    return [Finding("artifact", subject, told) for subject, told in found if told is not None]
+    return [Finding("artifact", subject, told) for subjects, told in found if told is not None for subject in subjects]
 
 
 def _check_claims(
@@ -261,6 +288,42 @@ def _check_actions(
         yield Finding("directions", f"patch {sequence} of {lineage.name}", problem)
     label = "actions on protected directions"
     checked[label] = checked.get(label, 0) + actions.directions
+
+
+def _unfinished(patches: Iterable[Patch], lock: LineageLock | None) -> Iterator[Finding]:
+    """Patches that nobody is writing and that are neither applied nor reverted."""
+    for patch in patches:
+        if lock is None:
+            problem = f"is {patch.state}, though no process holds its lineage: its state was changed by something else"
+        elif locks.liveness(lock) == "dead":
+            problem = f"is {patch.state}: it was interrupted; run neuronledger recover"
+        else:
+            continue
+        yield Finding("interrupted", f"lineage {patch.lineage.name}", f"patch {patch.sequence} {problem}")
+
+
+def _require_same(workspace: Workspace, session: Session, lineage: Lineage) -> None:
+    """Refuse to blame the files of a lineage that somebody patched after its records were read.
+
+    Raises:
+        RegistryBusyError: somebody did.
+    """
+    with workspace.registry.read() as now:
+        if _moment(now, lineage.id) != _moment(session, lineage.id):
+            raise RegistryBusyError(f"lineage {lineage.name} changed while it was checked", "try again")
+
+
+def _moment(session: Session, lineage_id: int) -> tuple[str, list[tuple[int, str]]]:
+    unfinished = queries.unfinished_patches(session, lineage_id)
+    return session.get_one(Lineage, lineage_id).state_digest, [(patch.id, patch.state) for patch in unfinished]
+
+
+def _check_weights(
+    workspace: Workspace, session: Session, lineage: Lineage, checked: dict[str, int], *, weights: bool
+) -> Iterator[Finding]:
+    yield from _check_working(lineage, checked, weights=weights)
+    if weights:
+        yield from _check_actions(workspace, session, lineage, checked)
 
 
 def _check_working(lineage: Lineage, checked: dict[str, int], *, weights: bool) -> Iterator[Finding]:

@@ -146,28 +146,20 @@ def limits(card: Card) -> tuple[str, ...]:
     )
 
 
-def write_text(workspace: Workspace, lineage_name: str, content: str, output: Path, *, force: bool) -> Path:
+def write_text(workspace: Workspace, content: str, output: Path, *, force: bool) -> Path:
     """Write a card or a bill of materials to a file of its own, in one step, and return its path.
 
     Args:
         workspace: the registry.
-        lineage_name: the lineage that it is about.
         content: all of it.
-        output: file to write, outside of the working checkpoint.
+        output: file to write, outside of working checkpoints.
         force: whether a file that is there may be replaced.
 
     Raises:
-        InputError: the file is there already, lies in the working checkpoint, or cannot be written.
+        InputError: the file is there already, belongs to the registry or to a model, or cannot be written.
     """
     target = output.absolute()
-    require_free(target, force=force)
-    with workspace.registry.read() as session:
-        working = Path(queries.get_lineage(session, lineage_name).working_path)
-    if target.parent.resolve().is_relative_to(working.resolve()):
-        raise InputError(
-            f"{output} lies in the working checkpoint of {lineage_name}, which only patches write to",
-            "write it elsewhere, and copy it beside the weights that you publish",
-        )
+    require_free(workspace, target, force=force)
     with temporary_beside(target) as temporary:
         try:
             create_file(temporary, content.encode())

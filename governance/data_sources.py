@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from governance.errors import PromptSetError
 
 _LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _FILE_LIKE = (*_LOCAL_SUFFIXES, ".txt", ".tsv", ".xlsx", ".gz")
+_ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:.+)?", re.ASCII)
 
 Row = Mapping[str, Any]
 
@@ -118,9 +120,12 @@ def _read(location: str) -> Iterator[tuple[int, Row]]:
         yield from _LOCAL_READERS[suffix](path)
     elif path.is_dir():
         yield from _read_saved_dataset(path)
-    elif path.exists() or suffix in _FILE_LIKE or location.startswith((".", "/", "~")):
+    elif path.exists() or suffix in _FILE_LIKE or _ON_THE_HUB.fullmatch(location) is None:
         state = "is not of a known format" if path.exists() else "does not exist"
-        raise PromptSetError(f"{location} {state}", f"give a file that ends in {', '.join(_LOCAL_SUFFIXES)}")
+        raise PromptSetError(
+            f"{location} {state}",
+            f"give a file that ends in {', '.join(_LOCAL_SUFFIXES)}, or a Hugging Face dataset as owner/name:split",
+        )
     else:
         yield from _read_hub(location)
 

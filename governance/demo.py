@@ -161,7 +161,7 @@ def run_demo(
 
 
 def _clear(output: Path) -> None:
-    """Remove what an earlier demo left; refuse a directory that holds anything else."""
+    """Remove what an earlier demo left; refuse a directory that holds anything else, also another's registry."""
     if output.exists():
         known = {*_OWN_ENTRIES, "laboratory"}
         foreign = next(
@@ -170,6 +170,11 @@ def _clear(output: Path) -> None:
         )
         if foreign is not None:
             raise InputError(f"{output} holds {foreign}, which no demo made", "name another directory with --output")
+        if (output / "registry.db").exists() and not (output / "laboratory").is_dir():
+            raise InputError(
+                f"{output} holds a registry, and no laboratory, so no demo made it",
+                "name another directory with --output",
+            )
         for name in _OWN_ENTRIES:
             path = output / name
             if path.is_dir():

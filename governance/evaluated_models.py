@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from algorithms.digests import digest_file
 from algorithms.loading import load_tokenizer
 from governance.evaluation_records import MeasuredState
 from governance.lineage_state import LineageState, ModelLocation
@@ -14,6 +15,9 @@ from governance.references import registered_reference
 from governance.workspace import Workspace
 from registry import queries
 
+_CONFIGURATION = ("config.json", "generation_config.json")
+"""Files that decide what is generated and hold no weights."""
+
 
 @dataclass(frozen=True)
 class EvaluatedModel:
@@ -21,7 +25,7 @@ class EvaluatedModel:
 
     Attributes:
         name: as it was asked for.
-        key: stands for its weights in the answer store.
+        key: stands for its weights and its configuration in the answer store.
     """
 
     name: str
@@ -67,10 +71,21 @@ def model_of(workspace: Workspace, lineage: LineageState, name: str) -> Evaluate
             model_id=model.id if model else None,
             patch_id=None if model else lineage.head_patch_id,
         )
-        key = answer_state(state.state_digest, under.state_digest if under else None)
+        key = answer_state(state.state_digest, under.state_digest if under else None, location)
         return EvaluatedModel(name, location, state, key)
 
 
-def answer_state(state_digest: str, base_digest: str | None) -> str:
-    """What answers are stored under: weights, and of an adapter those of the checkpoint under it."""
-    return hashlib.sha256(f"{state_digest} {base_digest or ''}".encode()).hexdigest()
+def answer_state(state_digest: str, base_digest: str | None, location: ModelLocation) -> str:
+    """What answers are stored under: weights and configuration, and of an adapter also those of its checkpoint.
+
+    Args:
+        state_digest: of the weights.
+        base_digest: of the weights of the checkpoint under an adapter.
+        location: where the model lies, whose configuration is no part of these digests.
+    """
+    told = [state_digest, base_digest or ""]
+    for directory in (location.path, location.base_path):
+        for name in _CONFIGURATION:
+            file = None if directory is None else directory / name
+            told.append(digest_file(file) if file is not None and file.is_file() else "")
+    return hashlib.sha256(" ".join(told).encode()).hexdigest()

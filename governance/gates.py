@@ -17,7 +17,7 @@ from governance.candidate_model import Candidate, candidate_of
 from governance.evaluated_models import answer_state
 from governance.gate_rules import GateFigures, MeasuredRate, Pair, RuleResult, gate_results, passed
 from governance.gate_tasks import answer_tasks, divergence_prompts
-from governance.lineage_state import LineageState
+from governance.lineage_state import LineageState, ModelLocation
 from governance.measured_tasks import AnswerTask, DivergenceTask
 from governance.measuring import GenerationSettings, Measured, measure
 from governance.metrics import HARMFULNESS, KL
@@ -126,7 +126,9 @@ def _measured(
 
     under = _under(workspace, lineage)
     tokenizer = load_tokenizer(lineage.working, base)
-    before = measure(workspace, tasks, head, tokenizer, answer_state(lineage.state_digest, under), settings)
+    location = ModelLocation("head", lineage.working, base)
+    state = answer_state(lineage.state_digest, under, location)
+    before = measure(workspace, tasks, head, tokenizer, state, settings)
     more: list[DivergenceTask] = []
     if gates.divergence is not None:
         with workspace.registry.read() as session:
@@ -134,7 +136,7 @@ def _measured(
         texts = [row.prompt for row in prompts.rows]
         reference = first_token_log_probabilities(head(), tokenizer, texts, batch_size=gates.batch_size)
         more.append(DivergenceTask(f"{KL}_{AGAINST}", prompts, AGAINST, reference))
-    state = answer_state(candidate.digest, under)
+    state = answer_state(candidate.digest, under, location)
     after = measure(workspace, [*tasks, *more], candidate.load, candidate.tokenizer(), state, settings)
     return before, after
 

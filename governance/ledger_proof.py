@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from governance.errors import InputError
+from governance.output_files import require_elsewhere
 from governance.proof_checks import SIGNED
 from governance.workspace import Workspace
 from registry.files import create_file, sync_directory
@@ -47,7 +48,7 @@ def copy_heads(workspace: Workspace, output: Path) -> int:
     with workspace.registry.heads.shared() as content:
         if not content:
             raise InputError("there are no exported heads yet", "change something, or run `neuronledger recover`")
-    write_new(output, content)
+    write_new(workspace, output, content)
     return len(parse_lines(content))
 
 
@@ -76,7 +77,7 @@ def sign_ledger(workspace: Workspace, key: PrivateKey, output: Path | None = Non
         RegistryError: the registry or the head file cannot be written.
     """
     if output is not None:
-        require_new(output)
+        require_new(workspace, output)
     registry = replace(workspace.registry, signer=lambda: partial(sign_head, key=key))
     with registry.write() as session:
         event = registry.record(
@@ -90,7 +91,7 @@ def sign_ledger(workspace: Workspace, key: PrivateKey, output: Path | None = Non
         )
     head = next(line for line in registry.heads.read() if isinstance(line, Head) and line.count == event.sequence)
     if output is not None:
-        write_new(output, head.line().encode() + b"\n")
+        write_new(workspace, output, head.line().encode() + b"\n")
     return SignedHead(head.count, head.hash, head.at, key.public.fingerprint, head.line(), output)
 
 
@@ -101,23 +102,24 @@ def _summary(number: int, line: Line) -> HeadSummary:
     return HeadSummary(number, line.count, line.after, line.at, line.hash, key)
 
 
-def require_new(path: Path) -> None:
-    """Refuse to write over something.
+def require_new(workspace: Workspace, path: Path) -> None:
+    """Refuse to write over something, or to where the registry or a model lies.
 
     Raises:
-        InputError: there is something.
+        InputError: there is something, or the path belongs to the registry or to a model.
     """
+    require_elsewhere(workspace, path)
     if path.exists() or path.is_symlink():
         raise InputError(f"{path} exists", "choose another name")
 
 
-def write_new(path: Path, content: bytes) -> None:
+def write_new(workspace: Workspace, path: Path, content: bytes) -> None:
     """Write a new file to be handed out, and flush it.
 
     Raises:
-        InputError: it is there already, or cannot be written.
+        InputError: it is there already, belongs to the registry or to a model, or cannot be written.
     """
-    require_new(path)
+    require_new(workspace, path)
     try:
         create_file(path, content)
         sync_directory(path.parent)

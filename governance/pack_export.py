@@ -101,14 +101,14 @@ def export_pack(
 
     Raises:
         RecordNotFoundError: no lineage of that name.
-        InputError: the file is there already.
+        InputError: the file is there already, or belongs to the registry or to a model.
         ArtifactError: an artifact that is to come along is missing or was changed.
         LedgerError: an event of the ledger cannot be read.
         RegistryBusyError: others kept on writing to the registry.
         SpaceError: the file cannot be written.
     """
     with workspace.attempt("audit.export", "lineage", lineage):
-        require_free(target, force=force)
+        require_free(workspace, target, force=force)
         try:
             with (
                 temporary_beside(target) as temporary,
@@ -117,7 +117,7 @@ def export_pack(
                 parts = _recorded_parts(workspace, lineage, Path(place), artifacts=artifacts, key=key)
                 _write(temporary, parts, key)
                 summary = _summary(temporary, target, parts)
-                require_free(target, force=force)
+                require_free(workspace, target, force=force)
                 publish(temporary, target)
         except OSError as error:
             raise SpaceError(

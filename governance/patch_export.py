@@ -51,12 +51,12 @@ def export_patch(
     Raises:
         RecordNotFoundError: no lineage or patch of that name.
         PlanError: the patch was never applied, or changes no row.
-        InputError: the file is there already.
+        InputError: the file is there already, or belongs to the registry or to a model.
         ArtifactError, PatchFileError: the artifact is damaged, or does not hold the rows that the patch claims.
         SpaceError: the file cannot be written.
     """
     with workspace.attempt("patch.export", "lineage", lineage_name):
-        require_free(target, force=force)
+        require_free(workspace, target, force=force)
         with workspace.registry.read() as session:
             patch = exportable_patch(workspace, session, lineage_name, sequence)
             provenance = Provenance.of(workspace, session, patch)
@@ -77,7 +77,7 @@ def export_patch(
                 modules=modules,
                 rows=rows,
             )
-            require_free(target, force=force)
+            require_free(workspace, target, force=force)
             with workspace.registry.write() as session:
                 record_export(workspace, session, provenance, target, {target.name: digest})
             publish(temporary, target)

@@ -2,13 +2,14 @@
 
 No algorithm runs again and the working checkpoint is not a source: the rows of the artifacts are put into the subject's
 bytes. What comes out must have the recorded digests, tensor by tensor and as a whole, and be what the working
-checkpoint holds. The same pass derives what the weights were before and after each applied patch was written, and holds
-that against the digests that its record keeps.
+checkpoint holds. Where a patch was interrupted, the recorded head is what was there before it. The same pass derives
+what the weights were before and after each applied patch was written, and holds that against the digests that its
+record keeps.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from algorithms.adapters import Adapter
@@ -17,6 +18,7 @@ from governance.adapter_files import write_adapter
 from governance.errors import InputError
 from governance.head_files import adapter_head, require_fit
 from governance.lineage_history import LineageHistory, read_history
+from governance.output_files import require_elsewhere
 from governance.patch_artifact import PatchArtifact, open_artifact
 from governance.rebuilding import Rebuilding, State
 from governance.row_files import write_rows
@@ -24,6 +26,7 @@ from governance.weight_differences import Difference
 from governance.working_checkpoint import copied_checkpoint, disk_errors, move_into_place
 from governance.workspace import Workspace
 from neuronledger import NeuronLedgerError
+from registry import locks, queries
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Replay:
         states: the head, and before and after each applied patch.
         output: where the rebuilt checkpoint was written, if it was.
         findings: everything that does not agree.
+        interrupted: number of the patch that was interrupted, of which the head is the state before it; None if none.
     """
 
     lineage: str
@@ -69,6 +73,7 @@ class Replay:
     states: tuple[ReplayedState, ...]
     output: Path | None
     findings: tuple[Difference, ...]
+    interrupted: int | None = None
 
     @property
     def agrees(self) -> bool:
@@ -82,18 +87,20 @@ def replay(workspace: Workspace, lineage: str, output: Path | None = None) -> Re
     Args:
         workspace: the registry.
         lineage: name of the lineage.
-        output: an empty or new directory to write the rebuilt checkpoint to. It is written only if it is the recorded
-            head, whatever has become of the working checkpoint.
+        output: an empty or new directory to write the rebuilt checkpoint to, also where the working checkpoint was if
+            it is no longer there. It is written only if it is the recorded head, whatever has become of the working
+            checkpoint, and also where a patch was interrupted.
 
     Raises:
         RecordNotFoundError: no lineage of that name.
-        LockedError, InterruptedPatchError: a patch is at work or was interrupted, so the head is not settled.
+        LockedError: a patch is at work.
+        InterruptedPatchError: a patch was interrupted, and nothing is to be written.
         ArtifactError: the artifact of an applied patch is missing or was changed.
         CheckpointError, AdapterError: the subject cannot be read.
         InputError, SpaceError: the output cannot be written there.
     """
-    history = read_history(workspace, lineage, settled=True)
-    target = None if output is None else _usable(output, history)
+    history, interrupted = _recorded_head(workspace, lineage, settled=output is None)
+    target = None if output is None else _usable(workspace, output, history)
     moments = _moments(history)
     with ExitStack() as stack:
         subject = (Adapter if history.is_adapter else Checkpoint).open(history.subject)
@@ -124,21 +131,43 @@ def replay(workspace: Workspace, lineage: str, output: Path | None = None) -> Re
         states=states,
         output=target if trusted else None,
         findings=(*rebuilding.findings, *_disagreements(states)),
+        interrupted=interrupted,
     )
 
 
-def _usable(output: Path, history: LineageHistory) -> Path:
+def _recorded_head(workspace: Workspace, name: str, *, settled: bool) -> tuple[LineageHistory, int | None]:
+    """A lineage as it was before a patch that was interrupted, and that patch's number; None if there is none.
+
+    Raises:
+        RecordNotFoundError: no lineage of that name.
+        LockedError: a patch is at work.
+        InterruptedPatchError: a patch was interrupted, and a settled lineage is asked for.
+    """
+    history = read_history(workspace, name, settled=settled)
+    if not history.unfinished:
+        return history, None
+    with workspace.registry.read() as session:
+        lock = locks.holder(session, queries.lineage_id(session, name))
+        if lock is not None and locks.liveness(lock) != "dead":
+            raise locks.locked_error(name, lock)
+    # A patch that is being reverted is part of the recorded head until it is recorded as reverted.
+    patches = tuple(
+        replace(patch, state="applied") if patch.state == "reverting" else patch for patch in history.patches
+    )
+    return replace(history, patches=patches), history.unfinished[0].sequence
+
+
+def _usable(workspace: Workspace, output: Path, history: LineageHistory) -> Path:
     """The output as an absolute path.
 
     Raises:
-        InputError: something is there already, or it lies in the working checkpoint or in the subject.
+        InputError: something is there already, or it belongs to the registry or to a model.
     """
     target = output.expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists and is not an empty directory", "name an empty directory with --output")
-    for taken in (history.working, history.subject):
-        if target.is_relative_to(taken.resolve()):
-            raise InputError(f"{target} lies in {taken}, which has to stay as it is", "name another with --output")
+    if target.exists() or target != history.working.resolve():
+        require_elsewhere(workspace, target)
     return target
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from governance.errors import InputError
+from governance.output_files import publish, require_free, temporary_beside
 from governance.report_charts import layer_panels, rate_panels
 from governance.report_commands import commands
 from governance.report_data import gather
@@ -17,8 +18,10 @@ from governance.report_records import IdentificationRecord, Report
 from governance.report_text import FILTERS, isolated
 from governance.workspace import Workspace
 from neuronledger import __version__
+from registry.files import create_file
 
 TEMPLATE = "report.html.jinja"
+_BEGINS = b"<!doctype html"
 COLOURS = 8
 """How many colours the style sheet has for dimensions; more dimensions share them."""
 
@@ -26,20 +29,44 @@ COLOURS = 8
 def write_report(workspace: Workspace, lineage: str, output: Path) -> Path:
     """Write the report of a lineage from what the registry holds, and return its path.
 
-    The records are verified on the way; the contents of weight files are not hashed, and the page says so.
+    The records are verified on the way; the contents of weight files are not hashed, and the page says so. An earlier
+    report gives way, another file does not.
 
     Raises:
         RecordNotFoundError: no lineage of that name.
         RegistryError: the registry or its head file cannot be read.
-        InputError: the file cannot be written.
+        InputError: the file is none of a report's, belongs to the registry or to a model, or cannot be written.
     """
+    target = output.resolve()
+    _require_place(workspace, output)
     page = render(gather(workspace, lineage))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"the report {output} cannot be written: {error.strerror}", "name another file") from error
+    with temporary_beside(target) as temporary:
+        try:
+            create_file(temporary, page.encode())
+        except OSError as error:
+            raise InputError(f"the report {output} cannot be written: {error.strerror}", "name another file") from error
+        publish(temporary, target)
     return output
+
+
+def _require_place(workspace: Workspace, output: Path) -> None:
+    """Refuse to write over anything but an earlier report.
+
+    Raises:
+        InputError: it is something else, cannot be read, or is no place to write to.
+    """
+    require_free(workspace, output, force=True)
+    if not output.exists():
+        return
+    begins = b""
+    try:
+        if output.is_file():
+            with output.open("rb") as file:
+                begins = file.read(len(_BEGINS) + 8).strip().lower()
+    except OSError as error:
+        raise InputError(f"{output} cannot be read: {error.strerror}", "name another file") from error
+    if not begins.startswith(_BEGINS):
+        raise InputError(f"{output} exists and is not a report", "name another file with --output, or remove it")
 
 
 def render(report: Report) -> str:

@@ -107,7 +107,7 @@ def timestamp_ledger(
     if urlsplit(url).scheme not in {"http", "https"}:
         raise InputError(f"{url} is not the address of a time-stamping authority", "give one with http:// or https://")
     if output is not None:
-        require_new(output)
+        require_new(workspace, output)
     last = _last_event(workspace.registry)
     query = timestamp_query(_content(last))
     token = read_token(ask(url, query.content))
@@ -128,7 +128,7 @@ def timestamp_ledger(
         )
         recorded = event.sequence
     if output is not None:
-        write_new(output, token.content)
+        write_new(workspace, output, token.content)
     vouched = True if roots else None
     return TimestampedHead(last.sequence, last.hash, token.time, token.authority, vouched, recorded, path, output)
 

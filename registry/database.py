@@ -6,7 +6,7 @@ each writing transaction holds. Readers never wait and cannot write.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,7 +25,7 @@ from registry.failures import claimed_twice, error_code, translate
 from registry.head_lines import Head, Line, parse_lines
 from registry.heads import HeadFile, Sign
 from registry.ledger import APPENDED, append, ledger_head
-from registry.schema import SCHEMA_REVISION, LedgerEvent
+from registry.schema import SCHEMA_REVISION, Base, LedgerEvent
 
 DEFAULT_URL = "sqlite:///.neuronledger/registry.db"
 DEFAULT_DIRECTORY = Path(".neuronledger")
@@ -222,7 +222,8 @@ def upgrade(url: str) -> None:
     """Create the registry's schema, or bring an older one to this code's, in one transaction.
 
     Raises:
-        RegistryError: the place cannot be written or reached, or the schema is newer than this code.
+        RegistryError: the place cannot be written or reached, holds something else, or the schema is newer than this
+            code.
         RegistryBusyError: another writer holds the registry.
     """
     address = parse_url(url)
@@ -237,13 +238,15 @@ def upgrade(url: str) -> None:
     engine = _engine(address)
     try:
         if _is_sqlite(address):
-            _keep_write_ahead_log(engine)
+            _keep_write_ahead_log(engine, _shown(address))
         with engine.execution_options(**{_MODE: "write"}).begin() as connection:
             current = _revision(connection)
             if current is not None and current > SCHEMA_REVISION:
                 _require_schema(current, _shown(address))
+            if current is None:
+                _require_room(connection, _shown(address), set(Base.metadata.tables))
             if current != SCHEMA_REVISION:
-                _migrate(connection)
+                _migrate(connection, _shown(address))
     except DBAPIError as error:
         if (translated := translate(error, _shown(address))) is None:
             raise
@@ -252,15 +255,19 @@ def upgrade(url: str) -> None:
         engine.dispose()
 
 
-def _keep_write_ahead_log(engine: Engine) -> None:
+def _keep_write_ahead_log(engine: Engine, place: str) -> None:
     """Switch a SQLite file to WAL: a property of the file, which cannot be changed inside a transaction.
 
     While another connection opens the log, SQLite refuses this at once, however long it was told to wait.
+
+    Raises:
+        RegistryError: the file is the database of something else; it is left as it is.
     """
     give_up = time.monotonic() + BUSY_SECONDS
     while True:
         try:
             with engine.connect().execution_options(**{_MODE: "plain"}) as connection:
+                _require_room(connection, place)
                 connection.exec_driver_sql("PRAGMA journal_mode = WAL")
         except OperationalError as error:
             if not error_code(error).startswith("SQLITE_BUSY") or time.monotonic() > give_up:
@@ -268,6 +275,26 @@ def _keep_write_ahead_log(engine: Engine) -> None:
             time.sleep(0.02)
         else:
             return
+
+
+def _require_room(connection: Connection, place: str, wanted: Collection[str] | None = None) -> None:
+    """Refuse a database that is in use by something else.
+
+    Args:
+        connection: to the database.
+        place: its URL, for people.
+        wanted: tables that are to be made; None: a table of any name is one too many.
+
+    Raises:
+        RegistryError: naming a table.
+    """
+    tables = inspect(connection).get_table_names()
+    taken = [name for name in tables if wanted is None or name in wanted]
+    if taken and "alembic_version" not in tables:
+        raise RegistryError(
+            f"{place} is the database of something else: it has a table {taken[0]} and holds no registry",
+            "Choose another place with --database",
+        )
 
 
 def parse_url(url: str) -> URL:
@@ -298,14 +325,21 @@ def migrations_directory() -> Path:
     return place
 
 
-def _migrate(connection: Connection) -> None:
+def _migrate(connection: Connection, place: str) -> None:
     from alembic import command
     from alembic.config import Config
+    from alembic.util import CommandError
 
     configuration = Config()
     configuration.set_main_option("script_location", str(migrations_directory()).replace("%", "%%"))
     configuration.attributes["connection"] = connection
-    command.upgrade(configuration, "head")
+    try:
+        command.upgrade(configuration, "head")
+    except CommandError as error:
+        raise RegistryError(
+            f"{place} is the database of something else: its schema is of no known revision ({error})",
+            "Choose another place with --database",
+        ) from error
 
 
 def _engine(address: URL) -> Engine:

@@ -41,7 +41,9 @@ for question in QUESTIONS:
 
 
 @audit.command("verify", short_help="Check ledger, heads, records, artifacts, claims, files.")
-@click.option("--weights", is_flag=True, help="Hash every file of models and working checkpoints, and every tensor.")
+@click.option(
+    "--weights", is_flag=True, help="Hash every weight file of models and working checkpoints, and every tensor."
+)
 @click.option(
     "--lineage", metavar="NAME", help="Records and weights of this lineage only; the ledger is checked whole."
 )
@@ -130,7 +132,8 @@ def explain(workspace: "Workspace", lineage: str, as_json: bool) -> None:
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Write the rebuilt checkpoint to this empty or new directory, if it is the recorded head.",
+    help="Write the rebuilt checkpoint to this empty or new directory, if it is the recorded head; also where a patch "
+    "was interrupted.",
 )
 @json_option
 @workspace_options
@@ -152,6 +155,11 @@ def replay(workspace: "Workspace", lineage: str, output: Path | None, as_json: b
 
     def people() -> None:
         _replay_table(outcome)
+        if outcome.interrupted is not None:
+            click.echo(
+                f"Patch {outcome.interrupted} of {lineage} was interrupted: the rebuilt head is the recorded one, from "
+                "before it. Run neuronledger recover."
+            )
         for finding in outcome.findings:
             click.echo(f"FAILED {finding}", err=True)
         click.echo(f"Rebuilt {outcome.tensors:,} tensors, {outcome.bytes:,} bytes, with the digest {outcome.digest}.")

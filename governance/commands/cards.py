@@ -77,5 +77,5 @@ def _hand_out(
     if output is None:
         emit({"lineage": lineage, "content": content}, as_json, lambda: click.echo(content, nl=False))
         return
-    path = write_text(workspace, lineage, content, output, force=force)
+    path = write_text(workspace, content, output, force=force)
     emit({"lineage": lineage, "output": path}, as_json, lambda: click.echo(f"Wrote {path}"))

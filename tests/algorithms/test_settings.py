@@ -96,3 +96,23 @@ def test_answers_are_asked_for_where_something_looks_at_them(
 ) -> None:
     settings = fgsn_settings("default", overrides)
     assert (settings.needs_answers, settings.needs_benign_answers) == (harmful, benign)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"foo": 1}, "setting foo: there is no such setting. The reference page of the settings lists every one."),
+        ({"layer": "all"}, "setting layer: there is no such setting. Use layers"),
+        ({"modules": "foo"}, "setting modules: 'foo' is not a list. Write one, as in --set 'modules=[\"foo\"]'."),
+        (
+            {"modules": "[a, b]"},
+            "setting modules: '[a, b]' is not a list. Write one, as in --set 'modules=[\"a\", \"b\"]'.",
+        ),
+        ({"modules": [3]}, "setting modules.0: 3 is not a text. Write it in quotes, as in --set 'modules=[\"3\"]'."),
+        ({"layers": 9}, "setting layers: 9 is not a text. Write it in quotes, as in --set 'layers=\"9\"'."),
+    ],
+)
+def test_a_mistake_is_told_in_words_of_the_command_line(overrides: dict[str, object], told: str) -> None:
+    with pytest.raises(SettingsError) as refusal:
+        fgsn_settings("default", overrides)
+    assert str(refusal.value).startswith(told)

@@ -15,6 +15,7 @@ from governance.demo import DemoSummary, run_demo
 from governance.demo_nlsr import claims_proof
 from governance.errors import InputError
 from governance.workspace import Workspace, open_workspace
+from tests.databases import SQLiteDatabases
 from tests.governance.report_pages import Page
 from tests.laboratory_cache import cached_laboratory
 from tests.registry.documented_sql import QUERIES, STAGES, query_title
@@ -171,6 +172,21 @@ def test_a_directory_with_something_else_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="thesis"):
         run_demo(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_registry_that_no_demo_made_is_not_touched(
+    tmp_path: Path, sqlite_databases: SQLiteDatabases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files have the names of a demo's; the laboratory is what only a demo makes."""
+    sqlite_databases.migrated(tmp_path)
+    (tmp_path / "artifacts").mkdir()
+    before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir() if entry.is_file()}
+    monkeypatch.setattr(demo_module, "build", lambda *_: pytest.fail("the demo began"))
+    with pytest.raises(InputError, match="holds a registry, and no laboratory"):
+        run_demo(tmp_path)
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir() if entry.is_file()} == before
+    assert "registry.db" in before
+    assert (tmp_path / "artifacts").is_dir()
 
 
 def test_the_report_shows_the_numbers_of_the_summary(demo: tuple[Path, DemoSummary]) -> None:

@@ -17,8 +17,10 @@ from algorithms.rates import agreement, mcnemar
 from governance import measuring
 from governance.answer_store import KeyedLines, verdict_of
 from governance.errors import InputError, JudgeError
+from governance.evaluated_models import answer_state
 from governance.evaluation import EvaluationRequest, Measurement, answer_tasks, evaluate
 from governance.evaluation_records import MeasuredState, add_figures
+from governance.lineage_state import ModelLocation
 from governance.measured_tasks import AnswerTask, TaskPrompts, Unsafe
 from governance.measuring import GenerationSettings, measure
 from governance.prompt_sets import PromptRow, PromptSource
@@ -175,6 +177,35 @@ def test_nothing_is_generated_or_judged_twice(
     assert counted.prompts == 20
     evaluate(scenario.workspace, "line", replace(request, generation=GenerationSettings(TOKENS + 1)))
     assert counted.prompts == 27 + 3  # expected answers are short: their tokens are TOKENS + 1 now as well
+
+
+@pytest.mark.parametrize("edited", ["head", "checkpoint under it"])
+def test_what_is_stored_turns_on_every_configuration(edited: str, tmp_path: Path) -> None:
+    location = ModelLocation("head", tmp_path / "head", tmp_path / "checkpoint under it")
+    for place in (location.path, location.base_path):
+        assert place is not None
+        place.mkdir()
+    keys = [answer_state("weights", None, location)]
+    for file in ("config.json", "generation_config.json"):
+        for content in ("{}", '{"rms_norm_eps": 0.1}'):
+            (tmp_path / edited / file).write_text(content)
+            keys.append(answer_state("weights", None, location))
+    assert len(set(keys)) == len(keys)
+
+
+def test_an_edited_configuration_is_measured_anew(
+    scenario: Scenario, files: dict[str, PromptSource], counted: Counted
+) -> None:
+    evaluate(scenario.workspace, "line", request_of(files))
+    first = counted.prompts
+    evaluate(scenario.workspace, "line", request_of(files))
+    assert counted.prompts == first
+    config = scenario.working / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.5}))
+    evaluate(scenario.workspace, "line", request_of(files))
+    assert counted.prompts == 2 * first
+    evaluate(scenario.workspace, "line", request_of(files, model="subject"))
+    assert counted.prompts == 2 * first, "its configuration is what it was"
 
 
 def test_a_patched_head_answers_anew(scenario: Scenario, files: dict[str, PromptSource], counted: Counted) -> None:

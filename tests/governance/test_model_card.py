@@ -166,7 +166,7 @@ def test_replacing_a_file_leaves_its_other_name_alone(scenario: Scenario, tmp_pa
     target, other = tmp_path / "README.md", tmp_path / "other.md"
     other.write_text("kept", encoding="utf-8")
     target.hardlink_to(other)
-    write_text(scenario.workspace, "line", "new", target, force=True)
+    write_text(scenario.workspace, "new", target, force=True)
     assert (target.read_text(encoding="utf-8"), other.read_text(encoding="utf-8")) == ("new", "kept")
 
 

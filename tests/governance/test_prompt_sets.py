@@ -143,9 +143,26 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
         read_prompt_set(PromptSource(str(path)))
 
 
-@pytest.mark.parametrize("location", ["missing.jsonl", "missing.csv", "./missing", "missing.tsv"])
+@pytest.mark.parametrize(
+    "location",
+    [
+        "missing.jsonl",
+        "missing.csv",
+        "./missing",
+        "missing.tsv",
+        "missing",
+        "missing:test",
+        "a/b/c",
+        "a/",
+        "/b",
+        "two words/b",
+        "a/b:",
+    ],
+)
 def test_a_missing_file_is_no_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str) -> None:
+    """Nobody is asked on the hub for what has no name there."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("governance.data_sources._read_hub", lambda _: pytest.fail("the hub was asked"))
     with pytest.raises(PromptSetError, match="does not exist"):
         read_prompt_set(PromptSource(location))
 
@@ -157,8 +174,9 @@ def test_a_directory_without_a_saved_dataset_is_named(tmp_path: Path) -> None:
 
 def test_a_hub_dataset_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(PromptSetError, match=r"neither a file here nor a Hugging Face dataset.*can be loaded"):
-        read_prompt_set(PromptSource("nobody-here/no-such-dataset:test"))
+    for location in ("nobody-here/no-such-dataset:test", "nobody-here/no_such.set:train[:5]", "nobody/none"):
+        with pytest.raises(PromptSetError, match=r"neither a file here nor a Hugging Face dataset.*can be loaded"):
+            read_prompt_set(PromptSource(location))
 
 
 def test_a_filter_that_keeps_nothing_names_the_fields(tmp_path: Path) -> None:

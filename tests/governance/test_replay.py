@@ -22,6 +22,7 @@ from governance.lineages import create_lineage
 from governance.patching import apply_patch
 from governance.replay import Replay, replay
 from governance.workspace import Workspace
+from registry import locks
 from tests.governance.conftest import Scenarios, Trios
 from tests.governance.faults import Fault, flip_byte, struck_by
 from tests.governance.patched_lineages import PatchedLineage, change_records, invert, patched_lineage
@@ -276,7 +277,10 @@ def _file(working: Path, tmp: Path) -> Path:
 OUTPUTS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "in use": (_used, "is not an empty directory"),
     "a file": (_file, "is not an empty directory"),
-    "in the working checkpoint": (lambda working, tmp: working / "rebuilt", "has to stay as it is"),
+    "in the working checkpoint": (
+        lambda working, tmp: working / "rebuilt",
+        "lies in the working checkpoint of lineage line",
+    ),
 }
 
 
@@ -315,12 +319,46 @@ def test_an_output_that_reads_back_differently_is_refused(
     assert not (tmp_path / "rebuilt").exists()
 
 
-def test_an_interrupted_patch_has_to_be_recovered_first(scenario: Scenario) -> None:
-    plan = scenario.plan("animals")
+@pytest.mark.parametrize("act", ["applying", "reverting"])
+@pytest.mark.parametrize("form", ["scenario", "lora_scenario"])
+def test_the_head_before_an_interrupted_patch_is_rebuilt_although_weights_are_lost(
+    form: str, act: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario: Scenario = request.getfixturevalue(form)
+    scenario.apply("weapons")
+    plan, healthy = scenario.plan("animals"), digests(scenario.working)
     with struck_by(Fault(scenario.working, "fsync", 1, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
-        apply_patch(scenario.workspace, plan)
-    result = _run(scenario)
-    assert (result.exit_code, result.stdout) == (3, "")
+        apply_patch(scenario.workspace, plan) if act == "applying" else scenario.revert()
+    assert scenario.states()[-1] == act
+    for file in scenario.working.glob("*.safetensors"):
+        file.unlink()
+    settled = _run(scenario)
+    assert (settled.exit_code, settled.stdout) == (3, "")
+    with monkeypatch.context() as alive:
+        alive.setattr(locks, "liveness", lambda _: "alive")
+        held = _run(scenario, "--output", str(tmp_path / "held"))
+        assert (held.exit_code, "is held by process" in held.stderr, (tmp_path / "held").exists()) == (3, True, False)
+    result = _run(scenario, "--output", str(tmp_path / "rebuilt"))
+    number = 2 if act == "applying" else 1
+    assert f"Patch {number} of line was interrupted" in result.stdout
+    assert result.exit_code == 1, "the working checkpoint is something else"
+    assert digests(tmp_path / "rebuilt") == healthy
+
+
+@pytest.mark.parametrize("form", ["scenario", "lora_scenario"])
+def test_a_lost_working_checkpoint_is_written_where_it_was(form: str, request: pytest.FixtureRequest) -> None:
+    scenario: Scenario = request.getfixturevalue(form)
+    scenario.apply("weapons")
+    healthy = digests(scenario.working)
+    assert "lies in" not in (refused := _run(scenario, "--output", str(scenario.working))).stderr
+    assert refused.exit_code == 2
+    shutil.rmtree(scenario.working)
+    assert _run(scenario, "--output", str(scenario.working)).exit_code == 1, "it was not there"
+    assert digests(scenario.working) == healthy
+    assert _replay(scenario).agrees
+    scenario.require_sound()
+    scenario.apply("animals")
+    scenario.require_sound()
 
 
 def test_replaying_writes_nothing(patched_forms: PatchedLineage) -> None:

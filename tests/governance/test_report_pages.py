@@ -11,6 +11,7 @@ import governance
 from governance.gate_rules import RuleResult
 from governance.report_figures import Control
 from governance.reporting import render
+from registry.schema import PatchState
 from tests.governance.made_reports import KINDS, START, made_report
 from tests.governance.report_pages import Page, require_readable
 
@@ -55,6 +56,17 @@ def test_right_to_left_names_do_not_turn_round_what_follows() -> None:
     assert "\u2068" not in "".join(commands), "commands can be copied"
     left = [line for line in stripped.splitlines() if RIGHT_TO_LEFT in line and "<pre" not in line]
     assert all(re.search(f"\u2068[^\u2069]*{RIGHT_TO_LEFT}", line) for line in left)
+
+
+@pytest.mark.parametrize("state", ["applying", "reverting"])
+def test_a_head_that_is_being_written_or_was_interrupted_is_shown(state: PatchState) -> None:
+    """A patch that is being reverted is the head of the record and no applied patch."""
+    report = made_report(("animals", "weapons", "insults"))
+    first, second, third = report.patches
+    page = Page(render(replace(report, patches=(first, replace(second, state=state), third))))
+    require_readable(page)
+    others = ", ".join(f"1 {other}" for other in sorted(["reverted", state]))
+    assert f"1 of 3 patches applied, {others}" in page.words
 
 
 def test_a_lineage_without_patches_says_so() -> None:

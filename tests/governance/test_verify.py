@@ -14,14 +14,17 @@ from sqlalchemy import delete, insert, text
 from algorithms.checkpoints import Checkpoint
 from algorithms.safetensors_files import read_header
 from cli import main
+from governance import auditing
+from governance.auditing import verify
 from governance.lineages import create_lineage
-from governance.patching import apply_patch
+from governance.patching import apply_patch, revert_patch
 from governance.recovery import recover
 from governance.weight_state import measure_tensors, tree_state
 from governance.workspace import Workspace
-from registry import ledger, queries
+from registry import ledger, locks, queries
 from registry.database import Registry
 from registry.head_lines import check_ledger
+from registry.processes import this_process
 from registry.schema import LedgerEvent
 from tests.governance.conftest import Trios
 from tests.governance.faults import Fault, flip_byte, struck_by
@@ -98,7 +101,9 @@ def test_what_nobody_touched_agrees(patched: Scenario) -> None:
     _require_sound(patched, "--weights")
     _require_sound(patched, "--weights", "--lineage", "line")
     assert "Not checked: file contents" in _verify(patched).stdout
-    assert "Not checked" not in _verify(patched, "--weights").stdout
+    everything = _verify(patched, "--weights").stdout
+    assert everything.count("Not checked") == 1
+    assert "Not checked: files that hold no weights, such as config.json and the tokenizer" in everything
 
 
 def _byte(scenario: Scenario) -> tuple[Path, int]:
@@ -168,6 +173,17 @@ def test_a_changed_byte_of_an_artifact_is_found(patched: Scenario, sequence: int
     path = patched.artifact(sequence)
     flip_byte(path, path.stat().st_size - 1)
     _require_found(patched, f"patch {sequence} of line", "was changed")
+
+
+def test_a_damaged_artifact_is_a_finding_for_everybody_who_rests_on_it(patched: Scenario) -> None:
+    """Two lineages of one subject, patched alike, have one artifact between them."""
+    create_lineage(patched.workspace, "twin", subject="subject", aligned="aligned", base="base")
+    Scenario(patched.workspace, patched.trio, "twin").apply("weapons")
+    assert Scenario(patched.workspace, patched.trio, "twin").artifact(1) == patched.artifact(1)
+    flip_byte(patched.artifact(1), 40)
+    findings = verify(patched.workspace).findings
+    assert {finding.subject for finding in findings} == {"patch 1 of line", "patch 1 of twin"}
+    _require_found(patched, "patch 1 of line", "patch 1 of twin")
 
 
 def test_a_missing_prompt_artifact_is_found(patched: Scenario) -> None:
@@ -308,14 +324,71 @@ def test_a_claim_that_was_changed_behind_the_registry_is_found(patched: Scenario
     _require_found(patched, named)
 
 
-def test_an_interrupted_patch_is_no_finding_of_the_records(patched: Scenario) -> None:
-    """The check does not hide it either: weights that were being written are not those of the head."""
-    plan = patched.plan("animals")
-    with struck_by(Fault(patched.working, "fsync", 1, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
-        apply_patch(patched.workspace, plan)
-    _require_found(patched, "model.safetensors")
+def _interrupt(scenario: Scenario, act: str) -> int:
+    """Patch 1 being taken back, or patch 4 being applied, by work that ended halfway; gives the number."""
+    plan = scenario.plan("animals", score="random", seed=5) if act == "applying" else None
+    with struck_by(Fault(scenario.working, "fsync", 1, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
+        apply_patch(scenario.workspace, plan) if plan else revert_patch(scenario.workspace, "line", 1)
+    return 4 if plan else 1
+
+
+@pytest.mark.parametrize("options", [(), ("--weights",)])
+@pytest.mark.parametrize("act", ["applying", "reverting"])
+def test_an_interrupted_patch_is_one_finding_that_says_so(
+    patched: Scenario, act: str, options: tuple[str, ...]
+) -> None:
+    """Weights that were being written are not those of the head, and claims of a revert are still held."""
+    told = f"patch {_interrupt(patched, act)} is {act}: it was interrupted; run neuronledger recover"
+    _require_found(patched, told, options=options)
+    (finding,) = verify(patched.workspace, weights=bool(options)).findings
+    assert finding.subject == "lineage line"
     recover(patched.workspace)
     _require_sound(patched, "--weights")
+
+
+def test_a_patch_that_is_being_written_is_no_finding(patched: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 3, as of every command that has to wait; what else is wrong is found all the same."""
+    _interrupt(patched, "applying")
+    monkeypatch.setattr(locks, "liveness", lambda _: "alive")
+    waiting = _verify(patched, "--weights")
+    assert (waiting.exit_code, waiting.stdout) == (3, "")
+    assert "lineage line is held by process" in waiting.stderr
+    flip_byte(patched.artifact(1), 5)
+    (finding,) = verify(patched.workspace).findings
+    assert finding.check == "artifact"
+    assert "lineage line is held by process" in _verify(patched).output
+
+
+def test_weights_that_somebody_patched_meanwhile_are_not_blamed(
+    patched: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The records are read first, and the files after somebody else has written them."""
+    plan = patched.plan("animals")
+    check = auditing._check_working
+
+    def late(*arguments: Any, **options: Any) -> Iterator[auditing.Finding]:
+        monkeypatch.setattr(auditing, "_check_working", check)
+        apply_patch(patched.workspace, plan)
+        return check(*arguments, **options)
+
+    monkeypatch.setattr(auditing, "_check_working", late)
+    result = _verify(patched)
+    assert (result.exit_code, "changed while it was checked" in result.stderr) == (3, True)
+    _require_sound(patched, "--weights")
+
+
+@pytest.mark.parametrize("state", ["applying", "reverting"])
+def test_a_forged_state_is_found_with_and_without_a_forged_lock(patched: Scenario, state: str) -> None:
+    _change(patched, f"UPDATE patches SET state = '{state}' WHERE sequence = 1")
+    _require_found(patched, f"patch 1 is {state}", "its record says")
+    for host in ("elsewhere", this_process().host):
+        _change(
+            patched,
+            "INSERT INTO lineage_locks (lineage_id, purpose, host, pid, process_started, token, actor, acquired_at) "
+            f"SELECT id, 'patch apply', '{host}', 1, 1, 'x', 'x', created_at FROM lineages WHERE name = 'line'",
+        )
+        _require_found(patched, "its record says")
+        _change(patched, "DELETE FROM lineage_locks")
 
 
 def test_an_unknown_lineage_is_an_error_not_a_finding(patched: Scenario) -> None:

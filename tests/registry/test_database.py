@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import create_engine, select, text
 from sqlalchemy.exc import DBAPIError
 
 from neuronledger import NeuronLedgerError
@@ -73,6 +73,44 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     for create in (False, True):
         with pytest.raises(RegistryError, match="not a database"):
             Registry.open(url, create=create)
+
+
+@pytest.mark.parametrize(
+    ("statements", "named"),
+    [
+        (["CREATE TABLE models (id INTEGER)"], "has a table models"),
+        (["CREATE TABLE notes (id INTEGER)"], "has a table notes"),
+        (["CREATE TABLE alembic_version (version_num TEXT)", "INSERT INTO alembic_version VALUES ('000a')"], "000a"),
+    ],
+)
+def test_a_database_of_something_else_is_named_and_left_as_it_is(
+    tmp_path: Path, statements: list[str], named: str
+) -> None:
+    file = tmp_path / "registry.db"
+    with sqlite3.connect(file) as connection:
+        for statement in statements:
+            connection.execute(statement)
+    connection.close()
+    with pytest.raises(RegistryError, match=named) as refusal:
+        upgrade(f"sqlite:///{file}")
+    assert str(file) in str(refusal.value)
+    with sqlite3.connect(file) as connection:
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    connection.close()
+    assert tables == 1
+
+
+def test_a_database_on_a_server_may_hold_other_tables_but_none_of_these_names(
+    postgresql_databases: PostgreSQLDatabases, tmp_path: Path
+) -> None:
+    url = postgresql_databases.empty(tmp_path)
+    with create_engine(url).begin() as connection:
+        connection.execute(text("CREATE TABLE models (id INTEGER)"))
+    with pytest.raises(RegistryError, match="has a table models"):
+        upgrade(url)
+    with create_engine(url).begin() as connection:
+        connection.execute(text("ALTER TABLE models RENAME TO notes"))
+    upgrade(url)
 
 
 def test_a_place_that_cannot_be_made_is_named(tmp_path: Path) -> None:
