@@ -117,7 +117,8 @@ def test_any_changed_byte_of_any_artifact_is_found_and_named(governed_sqlite: Wo
             flip_byte(path, position, bit)
             found = [finding for finding in verify(governed_sqlite).findings if finding.check == "artifact"]
             edit_tally.edits += 1
-            if [digest in finding.problem for finding in found] != [True]:
+            told = {digest in finding.problem for finding in found}  # one finding for each record that rests on it
+            if told != {True} or len({finding.subject for finding in found}) < len(found):
                 unnoticed.append((digest, position, found))
             flip_byte(path, position, bit)
     edit_tally.unnoticed += len(unnoticed)
