@@ -242,6 +242,22 @@ def require_name(kind: str, name: str) -> None:
         )
 
 
+def model_with_role(session: Session, name: str, role: str) -> Model:
+    """The registered model of a name, which has to be in a role.
+
+    Raises:
+        RecordNotFoundError: no model of that name.
+        InputError: it is registered in another role.
+    """
+    record = queries.get_model(session, name)
+    if record.role != role:
+        raise InputError(
+            f"model {name} is registered as {record.role}, not as {role}",
+            f"name a model of role {role}, or register it again under another name with --role {role}",
+        )
+    return record
+
+
 def weights_of(model: Model) -> WeightSources:
     """Open the effective weights of a registered model."""
     return open_weights(Path(model.path), Path(model.base_model.path) if model.base_model else None)

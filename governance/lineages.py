@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from algorithms.safetensors_files import read_header
 from algorithms.weights import AdapterWeights, CheckpointWeights, require_pair
-from governance.catalogue import require_name, weights_of
+from governance.catalogue import model_with_role, require_name, weights_of
 from governance.errors import InputError, WeightsChangedError
 from governance.weight_state import (
     FileState,
@@ -31,7 +31,6 @@ from registry.schema import (
     Lineage,
     LineageFile,
     LineageTensor,
-    Model,
 )
 
 
@@ -68,7 +67,7 @@ def create_lineage(
         with workspace.registry.read() as session:
             queries.require_absent(session, Lineage, name)
             records = {
-                role: _model_with_role(session, model, role)
+                role: model_with_role(session, model, role)
                 for role, model in (("subject", subject), ("aligned", aligned), ("base", base))
             }
             for record in records.values():
@@ -233,13 +232,3 @@ def _followed(
     headers = [read_header(copy / name) for name in sorted(weight_files)]
     trees = [tree_state(header, [tensors[name] for name in header.tensors]) for header in headers]
     return (*trees, *(copied[name] for name in sorted(copied.keys() - weight_files)))
-
-
-def _model_with_role(session: Session, name: str, role: str) -> Model:
-    record = queries.get_model(session, name)
-    if record.role != role:
-        raise InputError(
-            f"model {name} is registered as {record.role}, not as {role}",
-            f"name a model of role {role}, or register it again under another name with --role {role}",
-        )
-    return record

@@ -16,7 +16,14 @@ from algorithms.nlsr_settings import NlsrSettings
 from algorithms.reference_files import write_reference
 from algorithms.references import is_aligned_itself, reference_weights, require_extrapolable
 from algorithms.weights import WeightSource, open_weights, require_pair
-from governance.catalogue import ModelSummary, WeightSources, register_model, require_name, weights_of
+from governance.catalogue import (
+    ModelSummary,
+    WeightSources,
+    model_with_role,
+    register_model,
+    require_name,
+    weights_of,
+)
 from governance.errors import InputError
 from governance.lineage_state import LineageState, ModelLocation, location_of
 from governance.weight_state import require_unchanged
@@ -147,6 +154,7 @@ def build_reference(
 
     Raises:
         RecordExistsError: the name is taken.
+        InputError: a model is registered in another role.
         MismatchError, SettingsError: nothing can be extrapolated from these two.
         CheckpointError: the directory cannot be written, or is not empty.
         WeightsChangedError: files of a model are not what was registered.
@@ -155,7 +163,8 @@ def build_reference(
     with workspace.attempt("reference.build", "model", name):
         with workspace.registry.read() as session:
             queries.require_absent(session, Model, name)
-            models = {"aligned": queries.get_model(session, aligned), "base": queries.get_model(session, base)}
+            named = {"aligned": aligned, "base": base}
+            models = {role: model_with_role(session, model, role) for role, model in named.items()}
             for model in models.values():
                 _require_unchanged(model)
             sources = {role: weights_of(model) for role, model in models.items()}

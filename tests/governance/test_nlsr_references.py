@@ -95,6 +95,8 @@ def test_a_reference_that_cannot_be_built_is_refused_and_leaves_nothing(
             base="base",
             settings=nlsr_settings(overrides={"mode": "published-code"}),
         )
+    with pytest.raises(InputError, match="base is registered as base, not as aligned"):
+        build_reference(workspace, "super", aligned="base", base="aligned", settings=plain_nlsr())
     with pytest.raises(RecordExistsError):
         build_reference(workspace, "aligned", aligned="aligned", base="base", settings=plain_nlsr())
     register_model(workspace, "shape", trios("gpt2").base, "base")
