@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from governance.provenance import origin_digest
 from governance.told_records import STATE_AFTER, ToldPatches, ToldRecords, event_payload
-from registry import ledger, queries
+from registry import ledger, locks, queries
 from registry.record_digests import (
     KINDS,
     dangling_rows,
@@ -162,12 +162,11 @@ def _idle_locks(session: Session, lineage: str | None) -> Iterator[Disagreement]
     """Locks of lineages of which no patch is being written: nobody took them."""
     unfinished = select(Patch.lineage_id).where(Patch.state.in_(("applying", "reverting")))
     query = (
-        select(Lineage.name, LineageLock.pid, LineageLock.host)
+        select(Lineage.name, LineageLock)
         .join(LineageLock, LineageLock.lineage_id == Lineage.id)
         .where(Lineage.id.not_in(unfinished))
     )
-    for name, pid, host in session.execute(query.order_by(Lineage.id)):
+    for name, lock in session.execute(query.order_by(Lineage.id)):
         if lineage in (None, name):
-            yield Disagreement(
-                f"lineage {name}", f"process {pid} on {host} holds its lock, though no patch of it is being written"
-            )
+            who = f"process {lock.pid} on {locks.owner(lock).host}"
+            yield Disagreement(f"lineage {name}", f"{who} holds its lock, though no patch of it is being written")

@@ -41,10 +41,10 @@ def holder(session: Session, lineage_id: int) -> LineageLock | None:
 
 def liveness(lock: LineageLock) -> Liveness:
     """Whether the work that a lock stands for goes on."""
-    owner = _owner(lock)
-    if owner.is_this_process:
+    process = owner(lock)
+    if process.is_this_process:
         return "alive" if lock.token in _AT_WORK else "dead"
-    return owner.liveness
+    return process.liveness
 
 
 def acquire(session: Session, lineage: Lineage, token: str, purpose: str, actor: str, now: datetime) -> None:
@@ -109,7 +109,7 @@ def release(session: Session, lineage_id: int, token: str) -> None:
 
 def locked_error(lineage: str, lock: LineageLock) -> LockedError:
     """The error that names who holds a lock and what can be done."""
-    host = _owner(lock).host
+    host = owner(lock).host
     mends = {
         "alive": "Wait until it is done",
         "dead": "Run `neuronledger recover`",
@@ -129,18 +129,19 @@ def _locked_holder(session: Session, lineage_id: int) -> LineageLock | None:
     return session.get(LineageLock, lineage_id, populate_existing=True)
 
 
-def _owner(lock: LineageLock) -> Owner:
+def owner(lock: LineageLock) -> Owner:
+    """The process that holds a lock."""
     return Owner(lock.host, lock.pid, lock.process_started)
 
 
 def _lock(lineage_id: int, token: str, purpose: str, actor: str, now: datetime) -> LineageLock:
-    owner = this_process()
+    process = this_process()
     return LineageLock(
         lineage_id=lineage_id,
         purpose=purpose,
-        host=owner.place,
-        pid=owner.pid,
-        process_started=owner.started,
+        host=process.place,
+        pid=process.pid,
+        process_started=process.started,
         token=token,
         actor=actor,
         acquired_at=now,

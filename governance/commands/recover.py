@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @click.option(
     "--take-over",
     is_flag=True,
-    help="Also recover what a process of another host was doing. Only when nothing runs there any more.",
+    help="Also recover what a process of another host or container was doing. Only when nothing runs there any more.",
 )
 @json_option
 @workspace_options
@@ -22,8 +22,8 @@ def recover(workspace: "Workspace", take_over: bool, as_json: bool) -> None:
     """Bring every interrupted lineage to the version before or after: an apply is undone, a revert is finished.
 
     Every command that writes does this first. A lineage that a living process is writing to is left alone and named;
-    whether a process of another host lives cannot be told from here. The last line of the exported heads is written
-    if it is missing.
+    whether a process of another host or container lives cannot be told from here. The last line of the exported heads
+    is written if it is missing.
     """
     from governance.commands.rendering import emit_list
     from governance.recovery import recover_what_can_be
