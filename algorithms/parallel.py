@@ -90,7 +90,11 @@ def trailing(work: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[
     with ThreadPoolExecutor(max_workers=1) as pool:
         before: Future[Result] | None = None
         for part in parts:
-            running = pool.submit(work, part)
+            try:
+                running = pool.submit(work, part)
+            except RuntimeError:  # the system gives no thread
+                work(part)
+                raise
             if before is not None:
                 yield before.result()
             before = running

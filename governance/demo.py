@@ -8,6 +8,7 @@ lineage is exported and verified.
 """
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -85,6 +86,7 @@ class DemoSummary:
     combined_report: str
     evidence: dict[str, Any]
     seconds: dict[str, float]
+    next_command: str
 
 
 def run_demo(
@@ -155,9 +157,17 @@ def run_demo(
         combined_report=str(combined_report),
         evidence={"pack": str(output / EVIDENCE), "verified": pack.verified},
         seconds={"laboratory": built - started, "governance": time.monotonic() - built},
+        next_command=_evaluation(laboratory, database),
     )
     (output / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def _evaluation(laboratory: Laboratory, database: str) -> str:
+    """The command that measures the head again; refusals are phrases of the invented language."""
+    phrases = [word for phrase in laboratory.refusal_phrases for word in ("--refusal-phrase", phrase)]
+    length = ("--max-new-tokens", str(laboratory.max_new_tokens))
+    return shlex.join(["neuronledger", "evaluate", LINEAGE, *phrases, *length, "--database", database])
 
 
 def _clear(output: Path) -> None:

@@ -277,7 +277,7 @@ def finish_revert(workspace: Workspace, patch_id: int, after: FilesAfter, token:
 
 
 def return_apply(workspace: Workspace, patch_id: int, failure: str, after: FilesAfter, token: str) -> None:
-    """Record that an apply was taken back; the lock is given back where the weights are as they were.
+    """Record that an apply was taken back, and give the lock back.
 
     Raises:
         LockLostError: the lineage was recovered meanwhile.

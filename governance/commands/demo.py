@@ -111,6 +111,7 @@ def _show(summary: "DemoSummary") -> None:
     click.echo(
         f"Open the report: {summary.report}, and that of the lineage with both methods: {summary.combined_report}"
     )
+    click.echo(f"To go on, measure the head, now without the last patch: {summary.next_command}")
 
 
 def _change(patch: "PatchFigures | None") -> str:

@@ -3,7 +3,7 @@
 import os
 import time
 from concurrent.futures import Future
-from threading import Event, Lock, current_thread
+from threading import Event, Lock, Thread, current_thread
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -231,3 +231,16 @@ def test_what_work_raises_is_raised_when_the_parts_made_meanwhile_have_been_work
     with pytest.raises(ValueError, match="the first"):
         list(trailing(work, [1, 2, 3]))
     assert worked == [1, 2]
+
+
+def test_what_was_made_is_worked_on_also_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as closing a file that was opened for it."""
+    done: list[int] = []
+
+    def refused(_: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="new thread"):
+        list(trailing(done.append, iter(range(3))))
+    assert done == [0]
