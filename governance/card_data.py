@@ -12,15 +12,14 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from governance.errors import InputError, InterruptedPatchError, UnsoundRecordError
+from governance.errors import InterruptedPatchError, UnsoundRecordError
 from governance.model_origin import ModelOrigin, read_origin
-from governance.output_files import publish, require_free, temporary_beside
+from governance.output_files import require_free, write_whole
 from governance.report_data import gather
 from governance.report_glance import Glance, glance
 from governance.report_records import ModelRecord, PatchRecord, Report
 from governance.workspace import Workspace
 from registry import queries
-from registry.files import create_file
 from registry.schema import LedgerEvent, Lineage, LineageFile, ModelFile
 
 _MADE_A_HEAD = ("lineage.created", "patch.applied", "patch.reverted")
@@ -160,12 +159,7 @@ def write_text(workspace: Workspace, content: str, output: Path, *, force: bool)
     """
     target = output.absolute()
     require_free(workspace, target, force=force)
-    with temporary_beside(target) as temporary:
-        try:
-            create_file(temporary, content.encode())
-        except OSError as error:
-            raise InputError(f"{output} cannot be written: {error.strerror}", "name another file") from error
-        publish(temporary, target)
+    write_whole(content, output, target)
     return output
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from governance.errors import InputError, SpaceError
 from governance.workspace import Workspace
 from registry import queries
-from registry.files import sync_directory
+from registry.files import create_file, sync_directory
 
 _OWN_DIRECTORIES = {
     "artifacts": "the artifacts of the registry",
@@ -82,6 +82,26 @@ def temporary_beside(target: Path) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(content: str, output: Path, target: Path) -> None:
+    """Write a text in one step.
+
+    Args:
+        content: all of it.
+        output: the file as the user named it.
+        target: the same as an absolute path.
+
+    Raises:
+        InputError: it cannot be written.
+        SpaceError: it cannot be given its name.
+    """
+    with temporary_beside(target) as temporary:
+        try:
+            create_file(temporary, content.encode())
+        except OSError as error:
+            raise InputError(f"{output} cannot be written: {error.strerror}", "name another file") from error
+        publish(temporary, target)
 
 
 def publish(temporary: Path, target: Path) -> None:

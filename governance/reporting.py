@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from governance.errors import InputError
-from governance.output_files import publish, require_free, temporary_beside
+from governance.output_files import require_free, write_whole
 from governance.report_charts import layer_panels, rate_panels
 from governance.report_commands import commands
 from governance.report_data import gather
@@ -18,7 +18,6 @@ from governance.report_records import IdentificationRecord, Report
 from governance.report_text import FILTERS, isolated
 from governance.workspace import Workspace
 from neuronledger import __version__
-from registry.files import create_file
 
 TEMPLATE = "report.html.jinja"
 _BEGINS = b"<!doctype html"
@@ -40,12 +39,7 @@ def write_report(workspace: Workspace, lineage: str, output: Path) -> Path:
     target = output.resolve()
     _require_place(workspace, output)
     page = render(gather(workspace, lineage))
-    with temporary_beside(target) as temporary:
-        try:
-            create_file(temporary, page.encode())
-        except OSError as error:
-            raise InputError(f"the report {output} cannot be written: {error.strerror}", "name another file") from error
-        publish(temporary, target)
+    write_whole(page, output, target)
     return output
 
 

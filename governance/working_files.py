@@ -150,6 +150,7 @@ def require_writable(files: LineageFiles) -> None:
         WeightsChangedError: the subject's adapter with the applied patches is not what was recorded.
         SpaceError: a file is a link, shared with another path, or not writable; or the directory is behind a link.
     """
+    _require_own_place(files.working)
     for name in _files_of(files):
         _require_rewritable(files.working / name)
     if files.is_adapter:
@@ -190,8 +191,8 @@ def restore_side(files: LineageFiles) -> None:
 
     Raises:
         WeightsChangedError: an adapter's subject with the applied patches is not what was recorded.
-        SpaceError: a file is a link, or shared with another path.
-        OSError: a file cannot be written.
+        SpaceError: another path shares a file.
+        OSError: a file is a link, or cannot be written.
     """
     with open_artifact(files.change.artifact) as artifact:
         if artifact.header.form == "adapter":
@@ -206,7 +207,12 @@ def bring_to(digest: str, files: LineageFiles) -> FilesAfter:
     """Write a change back, also where the weights read as having `digest`: that may never have reached the disk.
 
     After a flush that failed, or a kill before one, memory holds what the disk does not.
+
+    Raises:
+        SpaceError: the directory is behind a link.
+        WeightsChangedError, SpaceError, OSError: as `restore_side`.
     """
+    _require_own_place(files.working)
     remove_unfinished(files.working)
     written = _files_of(files)
     if files.is_adapter and _reads_as(digest, files):
@@ -230,6 +236,7 @@ def finish_change(files: LineageFiles) -> FilesAfter:
     Args and Raises: as `write_change`; a touched tensor may be anything between what was recorded and what it becomes.
     """
     change, recorded = files.change, files.recorded
+    _require_own_place(files.working)
     remove_unfinished(files.working)
     with open_artifact(change.artifact) as artifact:
         if artifact.header.form == "adapter":
@@ -297,14 +304,18 @@ def _all_files(recorded: Recorded) -> tuple[str, ...]:
     return tuple(file.file for file in recorded.files)
 
 
-def _require_rewritable(path: Path) -> None:
-    """A write through a link, or into a file that another path shares, would change more than the lineage's own."""
-    place = path.parent.resolve()
-    if place != path.parent:
+def _require_own_place(working: Path) -> None:
+    """A write into a directory behind a link, such as one to the subject, would change something else."""
+    place = working.resolve()
+    if place != working:
         raise SpaceError(
-            f"the working checkpoint {path.parent} is behind a symbolic link, in {place}",
+            f"the working checkpoint {working} is behind a symbolic link, in {place}",
             "move the directory itself to where the link is",
         )
+
+
+def _require_rewritable(path: Path) -> None:
+    """A write through a link, or into a file that another path shares, would change more than the lineage's own."""
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode):
         raise SpaceError(f"{path} is a symbolic link", "replace it by a copy of its own (cp, then mv over it)")

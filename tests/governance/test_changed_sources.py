@@ -182,6 +182,26 @@ def test_a_directory_behind_a_symbolic_link_is_not_written_to(scenario: Scenario
     assert digests(elsewhere) == before
 
 
+@pytest.mark.parametrize("act", ["apply", "revert"])
+def test_recovery_does_not_write_behind_a_symbolic_link(scenario: Scenario, tmp_path: Path, act: str) -> None:
+    before, plan = digests(scenario.working), scenario.plan("animals")
+    if act == "revert":
+        apply_patch(scenario.workspace, plan)
+    with struck_by(Fault(scenario.working, "write", 2, KeyboardInterrupt())), pytest.raises(KeyboardInterrupt):
+        scenario.revert() if act == "revert" else apply_patch(scenario.workspace, plan)
+    elsewhere = tmp_path / "elsewhere"
+    scenario.working.rename(elsewhere)
+    scenario.working.symlink_to(elsewhere)
+    half = digests(elsewhere)
+    with pytest.raises(SpaceError, match="is behind a symbolic link"):
+        recover(scenario.workspace)
+    assert digests(elsewhere) == half
+    scenario.working.unlink()
+    elsewhere.rename(scenario.working)
+    recover(scenario.workspace)
+    assert digests(scenario.working) == before
+
+
 # --- what reaches the disk, and when ---
 
 
